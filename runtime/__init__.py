@@ -1,6 +1,6 @@
-"""Run exported models: engines, generating text, batching requests, and the server.
+"""Run exported models: engines, text generation, continuous batching, and the server.
 
-Anybody may call it: `thanos_deploy` measures with it, and a server image holds nothing else but
-`bundle`, `machine.environment` and a few more light modules. It needs numpy and one backend; only
-the backend torch needs PyTorch.
+Any other package may import this one: `thanos_deploy` measures with it. A server image contains
+only this package, `bundle`, `machine.environment` and a few other light modules. It needs numpy and
+one backend; only the torch backend needs PyTorch.
 """

@@ -1,8 +1,8 @@
-"""What a backend offers: a model, and a kv cache that it keeps to itself.
+"""The interface of the backends: a model with a KV cache that the caller does not see.
 
-A model is opened in one of two ways. An `Engine` takes a batch of prompts and steps all of them to
-the end; every backend has one. A `ServingEngine` has slots, which requests take and leave between
-steps; a backend has one if its module has `open_slots`.
+A model is opened in one of two ways. An `Engine` takes a batch of prompts and decodes all of them
+together to the end; every backend has one. A `ServingEngine` has slots, which requests take and
+leave between decode steps; a backend has one if its module has `open_slots`.
 """
 
 import pkgutil
@@ -31,13 +31,13 @@ class Engine(Protocol):
     """A causal language model that is ready to run.
 
     Attributes:
-        max_sequence: the most tokens of a sequence, prompt and answer together.
+        max_sequence: largest number of tokens of a sequence, prompt and answer together.
     """
 
     max_sequence: int
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
-        """Forget everything, read a batch of prompts, and return what follows them.
+        """Clear the KV cache, read a batch of prompts, and return the logits after them.
 
         Args:
             ids: int64[batch, tokens].
@@ -48,12 +48,12 @@ class Engine(Protocol):
             float32[batch, vocabulary], the logits after the last token.
 
         Raises:
-            UsageError: no sequence, no token, an id outside the vocabulary, or more tokens than
-                the engine takes.
+            UsageError: there is no sequence or no token, an id is outside the vocabulary, or there
+                are more tokens than the engine takes.
         """
 
     def decode(self, ids: Ids) -> Logits:
-        """Append one token to every sequence and return what follows it.
+        """Append one token to every sequence, and return the logits after it.
 
         Args:
             ids: int64[batch].
@@ -62,44 +62,45 @@ class Engine(Protocol):
             float32[batch, vocabulary].
 
         Raises:
-            UsageError: the sequences are as long as the engine takes.
+            UsageError: the sequences already have the largest length that the engine takes.
         """
 
 
 class Reading(Protocol):
-    """Prompts of newcomers, which are read together until they are rows of the batch.
+    """The prefill of newcomers: prompts that are read together, and then become rows of the batch.
 
     Attributes:
-        reused: tokens of the prompts that were read before, and need not be read again.
+        reused: number of prompt tokens taken from the prefix cache, which are not read again.
     """
 
     reused: int
 
     @property
     def left(self) -> int:
-        """Tokens to read, padding included."""
+        """Number of tokens still to be read, padding included."""
 
     def read(self, tokens: int) -> Logits | None:
-        """Read on; once all is read, the newcomers are the last rows, in their order.
+        """Read on; when all tokens are read, the newcomers become the last rows, in their order.
 
         Args:
-            tokens: about how many, of all prompts together.
+            tokens: about how many tokens to read, of all prompts together.
 
         Returns:
-            float32[newcomers, vocabulary], what follows the prompts; None if some is left to read.
+            float32[newcomers, vocabulary], the logits after the prompts; None if some tokens are
+            still to be read.
         """
 
     def abandon(self, newcomer: int) -> None:
-        """Forget a newcomer; the last one takes its place."""
+        """Drop a newcomer; the last newcomer takes its number."""
 
 
 class SlotEngine(Protocol):
-    """A model that continues the rows of a batch, which join and leave between steps.
+    """A model with a batch whose rows join and leave between decode steps.
 
     Attributes:
-        max_sequence: the most tokens of a row, prompt and answer together.
-        vocabulary: how many ids there are.
-        slots: the most rows.
+        max_sequence: largest number of tokens of a row, prompt and answer together.
+        vocabulary: number of token ids.
+        slots: largest number of rows.
     """
 
     max_sequence: int
@@ -107,13 +108,13 @@ class SlotEngine(Protocol):
     slots: int
 
     def remembered(self, prompt: Sequence[int]) -> int:
-        """How many tokens at the beginning of a prompt need not be read, as it is now."""
+        """Return how many tokens at the beginning of a prompt are in the prefix cache now."""
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Reading:
-        """Take newcomers, at most as many as slots are free, to be read together."""
+        """Start to read new prompts together, at most as many as there are free slots."""
 
     def decode(self, ids: Ids) -> Logits:
-        """Append one token to every row and return what follows it.
+        """Append one token to every row, and return the logits after it.
 
         Args:
             ids: int64[rows].
@@ -123,42 +124,47 @@ class SlotEngine(Protocol):
         """
 
     def leave(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Drop a row; the last row takes its number."""
 
     def clear(self) -> None:
-        """Forget everything, in whatever state an exception has left it; raises nothing.
+        """Drop all rows, whatever state an exception has left them in; raises nothing.
 
-        No reading goes on after it.
+        A `Reading` that was begun before must not be used after it.
         """
 
 
 class ServingEngine(SlotEngine, Protocol):
-    """Slots, and forward passes beside them."""
+    """A `SlotEngine` that also runs forward passes apart from its rows."""
 
     def logits(
         self, ids: Ids, mask: Ids | None = None, given_up: Callable[[], bool] = lambda: False
     ) -> Logits:
-        """What follows other sequences, which leave no trace; on any thread, at any time.
+        """Return the logits after sequences that are not rows of the batch.
+
+        Leaves the rows as they are; may be called on any thread at any time.
 
         Args:
             ids, mask: as in `Engine.prefill`.
-            given_up: asked between two pieces of the sequences: nobody waits for the result.
+            given_up: called between two pieces of the sequences; returns True if the result is no
+                longer wanted.
 
         Returns:
             float32[batch, vocabulary].
 
         Raises:
             UsageError: as `Engine.prefill`.
-            CancelledError: it was given up.
+            CancelledError: `given_up` returned True.
         """
 
     def score(
         self, ids: Sequence[int], given_up: Callable[[], bool] = lambda: False
     ) -> Iterator[Logits]:
-        """What follows every token of a text, which leaves no trace; on any thread, at any time.
+        """Yield the logits after every token of a text.
+
+        Leaves the rows as they are; may be called on any thread at any time.
 
         Args:
-            ids: the text, as it stands.
+            ids: the ids of the text; no special token is added.
             given_up: as in `logits`.
 
         Yields:
@@ -167,7 +173,7 @@ class ServingEngine(SlotEngine, Protocol):
         Raises:
             InputError: the model gives the logits after the last token only.
             UsageError: as `Engine.prefill`.
-            CancelledError: it was given up.
+            CancelledError: `given_up` returned True.
         """
 
 
@@ -190,12 +196,13 @@ def open_engine(
         bundle: its folder.
         backend: one of `backends()`; where it has several ways to run, one of its `VARIANTS` after
             a colon, as in "torch:compiled".
-        provider: what the backend is to run on; it never falls back to another one.
-        threads: how many compute on a CPU; None for the backend's own choice.
+        provider: the device or execution provider to run on, such as "cpu" or "cuda"; there is no
+            fallback to another one.
+        threads: number of CPU threads; None for the backend's own choice.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
-        InputError: the bundle lacks what the backend reads, or it cannot be loaded.
+        InputError: the bundle lacks the files that the backend reads, or they cannot be loaded.
         IntegrityError: a file is missing, truncated or changed.
         PlatformError: the backend or the provider is not usable on this machine.
         UsageError: there is no such backend, variant or provider.
@@ -229,27 +236,28 @@ def open_slots(
     weights: Weights = "map",
     verify: bool = True,
 ) -> ServingEngine:
-    """Load the model of a bundle for several sequences that come and go.
+    """Load the model of a bundle for continuous batching.
 
     Args:
         bundle: its folder.
-        slots: the most sequences at a time.
-        backend: one of `backends()` that has slots.
-        provider: what the backend is to run on, and whose memory the kv cache is in.
-        threads: how many compute on a CPU; None for the backend's own choice.
-        prefix_bytes: of the provider's memory, to keep beginnings of prompts in; see
+        slots: largest number of sequences at a time.
+        backend: one of `backends()` whose module has `open_slots`.
+        provider: the device or execution provider to run on; the KV cache is in its memory.
+        threads: number of CPU threads; None for the backend's own choice.
+        prefix_bytes: size of the prefix cache in the provider's memory, in bytes; see
             `runtime.prefixes`.
-        weights: what is mapped takes memory once for all processes that map it, and must not be
-            written to; see `runtime.server.watched`.
+        weights: "map" maps the file of the weights into memory, which all processes share; nobody
+            may write to the file while it is mapped (see `runtime.server.watched`). "memory" reads
+            the file instead.
         verify: compare the files with the hashes in the manifest before the backend reads them.
 
     Raises:
-        InputError: the bundle lacks what the backend reads, it cannot be loaded, or its rows would
-            not get what they get alone; see `thanos_deploy.model.rope`.
+        InputError: the bundle lacks the files that the backend reads, they cannot be loaded, or the
+            logits of a row would depend on the other rows; see `thanos_deploy.model.rope`.
         IntegrityError: a file is missing, truncated or changed.
         PlatformError: the backend or the provider is not usable on this machine.
-        UsageError: there is no such backend or provider, the backend has no slots, or none is asked
-            for.
+        UsageError: there is no such backend or provider, the backend has no slots, or `slots` is
+            less than 1.
     """
     if slots < 1:
         raise UsageError(
@@ -288,15 +296,15 @@ def _module(backend: str) -> ModuleType:
 
 
 def require_stage(bundle: Path, backend: ModuleType, *, verify: bool) -> None:
-    """Refuse a bundle without what a backend reads.
+    """Refuse a bundle without the files that a backend reads.
 
     Args:
         bundle: its folder.
-        backend: its module, one of `runtime.engines`.
+        backend: the module of the backend, one of `runtime.engines`.
         verify: compare the files with the hashes in the manifest, too.
 
     Raises:
-        InputError: no finished stage made it.
+        InputError: no finished stage of the bundle wrote them.
         IntegrityError: a file is missing, truncated or changed.
     """
     opened = Bundle.open(bundle)
@@ -312,10 +320,10 @@ def require_stage(bundle: Path, backend: ModuleType, *, verify: bool) -> None:
 
 
 def require_readable(ids: Ids, vocabulary: int) -> None:
-    """Refuse a prompt that no engine can read.
+    """Refuse a batch of prompts that no engine can read.
 
     Raises:
-        UsageError: no sequence, no token, or an id outside the vocabulary.
+        UsageError: there is no sequence or no token, or an id is outside the vocabulary.
     """
     if ids.ndim != 2 or 0 in ids.shape:
         raise UsageError(
@@ -334,13 +342,13 @@ def require_room(tokens: int, most: int, *, taker: str, fix: str) -> None:
     """Refuse sequences that are too long.
 
     Args:
-        tokens: of the longest sequence.
-        most: the most that are taken.
-        taker: what takes no more, as the message begins: "the model takes".
+        tokens: number of tokens of the longest sequence.
+        most: largest number of tokens that is allowed.
+        taker: subject and verb for the message, such as "the model takes".
         fix: what to do about it.
 
     Raises:
-        UsageError: they are too long.
+        UsageError: there are more tokens than `most`.
     """
     if tokens > most:
         raise UsageError(f"{tokens} tokens: {taker} at most {most}", fix=fix)

@@ -1,4 +1,4 @@
-"""The floating-point types of logits and kv caches, and their conversion to float32."""
+"""The floating-point types of logits and KV caches, and their conversion to float32."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Float:
     """A floating-point type.
 
     Attributes:
-        name: as ONNX Runtime and TensorRT call it: "float", "float16" or "bfloat16".
+        name: "float", "float16" or "bfloat16", as in ONNX Runtime and TensorRT.
         onnx: its number in ONNX's `TensorProto.DataType`.
-        bits: as numpy holds it; numpy has no bfloat16, whose bits are kept in uint16.
+        bits: the numpy type of its values; numpy has no bfloat16, whose bits are kept in uint16.
     """
 
     name: str
@@ -24,11 +24,11 @@ class Float:
 
     @property
     def bytes(self) -> int:
-        """Of one value."""
+        """Size of one value, in bytes."""
         return np.dtype(self.bits).itemsize
 
     def widen(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Values of this type in float32, which holds each of them exactly.
+        """Convert values of this type to float32, which represents each of them exactly.
 
         Args:
             values: array of `bits`.
@@ -47,14 +47,14 @@ _OTHER_NAMES = {"half": "float16", "bf16": "bfloat16"}  # TensorRT's
 
 
 def named(name: str, *, tensor: str) -> Float:
-    """A type by its name in ONNX Runtime ("tensor(float16)") or TensorRT ("HALF").
+    """Return the type of a name in ONNX Runtime ("tensor(float16)") or TensorRT ("HALF").
 
     Args:
         name: the name.
-        tensor: what is of that type, for the error.
+        tensor: name of the tensor that has this type, for the error message.
 
     Raises:
-        InputError: it is none of the three.
+        InputError: the type is none of the three that are supported.
     """
     short = name.lower().removeprefix("tensor(").removesuffix(")")
     found = _KNOWN.get(_OTHER_NAMES.get(short, short))

@@ -1,4 +1,4 @@
-"""Prefill, then decode, one token of every sequence at a time. Knows ids only, nothing of text."""
+"""Prefill, then decode one token of every sequence at a time; works on token ids, not on text."""
 
 from collections.abc import Iterator, Sequence, Set
 
@@ -39,18 +39,18 @@ def generate_batch(
     """Continue prompts of any lengths together.
 
     Args:
-        engine: what to run.
-        prompts: ids, at least one in each.
-        new_tokens: the most tokens to yield for each; fewer where the engine takes no longer
-            sequences.
+        engine: the engine to run.
+        prompts: the ids of each prompt, at least one.
+        new_tokens: largest number of tokens to yield for each prompt; fewer if the engine's longest
+            sequence is reached.
         stop: ids that end a text; they are not yielded.
-        sampling: how to choose.
+        sampling: how to choose the tokens.
 
     Yields:
-        the next token of every sequence, None for those that have ended; stops when all have.
+        the next token of every sequence, None for sequences that have ended; stops when all have.
 
     Raises:
-        UsageError: there is no prompt, or an empty one.
+        UsageError: there is no prompt, or a prompt is empty.
     """
     ids, mask = _pad(prompts)
     samplers = [Sampler(sampling, prompt, row) for row, prompt in enumerate(prompts)]
@@ -58,7 +58,7 @@ def generate_batch(
     if new_tokens < 1:
         return
     logits = engine.prefill(ids, mask)
-    # The last token is not read any more.
+    # The last token is never fed back to the engine, so it may be one beyond its longest sequence.
     steps = min(new_tokens, engine.max_sequence - ids.shape[1] + 1)
     for step in range(steps):
         chosen = [
@@ -74,7 +74,7 @@ def generate_batch(
 
 
 def _pad(prompts: Sequence[Sequence[int]]) -> tuple[Ids, Ids | None]:
-    """int64[batch, longest] with zeros on the left, and the mask; None if nothing is padded."""
+    """Return int64[batch, longest], padded with 0 on the left, and its mask or None."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise UsageError(

@@ -1,7 +1,7 @@
-"""The form that an answer has to have: JSON of a schema, a regular expression, a grammar.
+"""Structured answers: JSON that follows a schema, a regular expression, or a grammar.
 
-llguidance computes which tokens may come next. A form comes from whoever sends a request, so its
-size and what it may cost, when it is compiled and at every token, are limited.
+llguidance computes which tokens may come next. The client sends the form of the answer, so its
+size is limited, and so is its cost, both when it is compiled and at every token.
 """
 
 import json
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from runtime.text import Tokenizer
 from thanos_deploy.errors import InputError, PlatformError, UsageError
 
-# Characters of a grammar: the largest take some two seconds to compile.
+# Longest grammar, in characters; the longest take some two seconds to compile.
 _CHARACTERS = 64 << 10
 
-# Compiled grammars that are kept: clients send the same few again and again.
+# Number of compiled grammars to cache: clients send the same few again and again.
 _KEPT = 32
 
-# In llguidance's terms; a step within them takes some milliseconds.
+# Limits of llguidance's parser; a step within them takes some milliseconds.
 _LIMITS = {
     "initial_lexer_fuel": 500_000,
     "max_grammar_size": 50_000,
@@ -33,11 +33,11 @@ _LIMITS = {
     "verbose_errors": False,
 }
 
-# Like `json.dumps`: a model that is left to choose may write blanks without end.
+# White space as `json.dumps` writes it: if it were free, a model might write blanks without end.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-# Keywords of JSON Schema below which there are schemas, and those that say more of an object.
+# Keywords of JSON Schema that contain schemas, and keywords with further rules for an object.
 _SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions"})
 _SCHEMAS = frozenset({"anyOf", "oneOf", "prefixItems"})
 _SAY_MORE = frozenset(
@@ -49,18 +49,19 @@ _SAY_MORE = frozenset(
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer; from any thread."""
+    """Compiles grammars for one tokenizer, and caches them; thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
-        """Prepare.
+        """Hand the tokenizer to llguidance.
 
         Args:
-            tokenizer: of the model.
-            vocabulary: how many ids the model's logits have.
+            tokenizer: the model's tokenizer.
+            vocabulary: number of ids that the model's logits have.
 
         Raises:
             PlatformError: llguidance is not installed.
-            InputError: llguidance does not take the tokenizer, or no token ends a text.
+            InputError: llguidance does not accept the tokenizer, or the model has no end-of-text
+                token.
         """
         library = _library()
         if not tokenizer.stop:
@@ -86,13 +87,14 @@ class Grammars:
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
     def compile(self, grammar: str) -> "Grammar":
-        """Compile a grammar, which takes up to seconds.
+        """Compile a grammar, which can take seconds.
 
         Args:
-            grammar: in llguidance's variant of Lark, such as the functions of this module make.
+            grammar: a grammar as the functions of this module return it, such as one in
+                llguidance's variant of Lark.
 
         Raises:
-            UsageError: it is none, or it is too large or too complex.
+            UsageError: the grammar is not valid, too large, or too complex.
         """
         if len(grammar) > _CHARACTERS:
             raise _refused(
@@ -107,7 +109,7 @@ class Grammars:
                     )
                     if not matcher.is_error():
                         first = matcher.deep_copy()
-                        first.compute_bitmask()  # some are found out by the first token only
+                        first.compute_bitmask()  # some errors show only at the first token
                         matcher = first if first.is_error() else matcher
                 if matcher.is_error():
                     raise _refused(matcher.get_error())
@@ -126,12 +128,12 @@ class Grammar:
         self._vocabulary = vocabulary
 
     def begin(self) -> "Match":
-        """A text of this form, of which there is nothing yet."""
+        """Return the state of the grammar at the beginning of a text."""
         return Match(self._matcher.deep_copy(), self._vocabulary)
 
 
 class Match:
-    """See `runtime.batching.Constraint`."""
+    """The state of a grammar within one text; see `runtime.batching.Constraint`."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self._matcher = matcher
@@ -141,7 +143,7 @@ class Match:
         """See `Constraint.allowed`.
 
         Raises:
-            UsageError: to go on would be too complex.
+            UsageError: the next token is too complex to compute.
         """
         with _guarded():
             mask = self._matcher.compute_bitmask()
@@ -160,7 +162,7 @@ class Match:
 
 
 def of_schema(schema: Mapping[str, Any]) -> str:
-    """The grammar of JSON that a schema describes; see `closed`."""
+    """Return a grammar of the JSON that a schema describes; see `closed`."""
     grammar: str = _library().LLMatcher.grammar_from_json_schema(
         json.dumps(closed(schema)), overrides=_JSON
     )
@@ -168,42 +170,42 @@ def of_schema(schema: Mapping[str, Any]) -> str:
 
 
 def of_regex(regex: str) -> str:
-    """The grammar of texts that a regular expression matches as a whole."""
+    """Return a grammar of the texts that a regular expression matches as a whole."""
     grammar: str = _library().LLMatcher.grammar_from_regex(regex)
     return grammar
 
 
 def of_choice(texts: Sequence[str]) -> str:
-    """The grammar of one of some texts."""
+    """Return a grammar that allows any one of the texts."""
     return "start: " + " | ".join(map(json.dumps, texts))
 
 
 def of_grammar(text: str) -> str:
-    """The grammar that is written in llama.cpp's GBNF, or in llguidance's variant of Lark.
+    """Convert a grammar in llama.cpp's GBNF, or in llguidance's variant of Lark.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the text is neither.
     """
     _library()
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         grammar: str = any_to_lark(text)
-    except Exception as error:  # of whatever kind its parser stumbles with
+    except Exception as error:  # the parser raises exceptions of any type
         raise _refused(str(error)) from error
     return grammar
 
 
 def json_within(schema: Mapping[str, Any]) -> str:
-    """The part of a grammar that is JSON of a schema; see `closed`."""
+    """Return the part of a Lark grammar for the JSON that a schema describes; see `closed`."""
     return "%json " + json.dumps({**closed(schema), "x-guidance": _JSON})
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema whose objects have the properties that it names, and no others.
+    """Return a schema whose objects may have only the properties that the schema names.
 
-    To JSON Schema any others are welcome where nothing is said of them, and a model that may invent
-    some does not come to an end. Where the schema says something of them, that holds.
+    JSON Schema allows further properties by default, and a model that may invent properties does
+    not come to an end. Where the schema itself has rules for further properties, they are kept.
     """
     inner = {
         key: {name: _closed(part) for name, part in value.items()}
@@ -237,16 +239,16 @@ def _library() -> Any:
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Whatever the library stumbles with, a panic of its Rust part included, is the form's fault.
+    """Turn every exception of the library, panics of its Rust code included, into a UsageError.
 
     Raises:
-        UsageError: it stumbled.
+        UsageError: the library raised an exception; the form of the answer is to blame.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # as a panic is: it must end neither a thread nor the server
+    except BaseException as error:  # such as a panic: it must end neither a thread nor the server
         raise _refused(f"{type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The graph that `exporters.onnx` describes, in a session of ONNX Runtime."""
+"""A graph that `exporters.onnx` wrote, in a session of ONNX Runtime."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from runtime.memory import Memory, Tensor
 from thanos_deploy.errors import InputError
 from thanos_deploy.model.rope import Change
 
-# Tokens of a text that are read at once: a row of logits is vocabulary-sized.
+# Tokens of a text that `Graph.read` reads at once: each has logits of the vocabulary's size.
 _TOKENS_AT_ONCE = 256
 
-# Where a graph says in its metadata which operators it has; see `exporters.onnx.graph`.
+# The metadata entry that says which operators a graph has; see `exporters.onnx.graph`.
 _GRAPH = "thanos_deploy.graph"
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -24,18 +24,19 @@ LOGITS = "logits"
 
 
 class Graph:
-    """Tokens and a kv cache in, logits and the longer cache out.
+    """A session that takes tokens and a KV cache, and gives logits and the longer cache.
 
     A cache is a list of `memory.Tensor`, one for each input `past_key_values.*`, and stays on the
-    session's device: the outputs of one run are the inputs of the next. Of the logits only those
-    that are asked for are copied to the host.
+    session's device: the outputs of one run are the inputs of the next. Only the logits that the
+    caller needs are copied to the host.
 
     Attributes:
-        max_sequence: the most tokens, prompt and answer together.
-        vocabulary: how many ids there are.
-        logits: "all" or "last"; see `exporters.onnx`.
-        memory: of the device.
-        change: where rows begin to depend on the longest one; see `thanos_deploy.model.rope`.
+        max_sequence: largest number of tokens, prompt and answer together.
+        vocabulary: number of token ids.
+        logits: "all" or "last", the tokens whose logits the graph gives; see `exporters.onnx`.
+        memory: memory of the session's device.
+        change: the length beyond which a row depends on the longest row of the batch, None if there
+            is none; see `thanos_deploy.model.rope`.
         in_place: the graph has ONNX Runtime's own attention: padding is on the right of a row, and
             `append` writes the cache in place.
     """
@@ -54,12 +55,13 @@ class Graph:
         Args:
             session: an `onnxruntime.InferenceSession`.
             ort: the module `onnxruntime`.
-            memory: of the device that the session runs on.
-            max_sequence: the most tokens, prompt and answer together.
-            change: where rows begin to depend on the longest one; None if nowhere.
+            memory: memory of the device that the session runs on.
+            max_sequence: largest number of tokens, prompt and answer together.
+            change: the length beyond which a row depends on the longest row of the batch; None if
+                there is none.
 
         Raises:
-            InputError: the cache or the logits are of a type that is not known.
+            InputError: the cache or the logits have a type that is not supported.
         """
         self._session = session
         self._ort = ort
@@ -77,7 +79,7 @@ class Graph:
         self.in_place: bool = described.get(_GRAPH) == "ort"
 
     def empty_cache(self, batch: int) -> list[Tensor]:
-        """The cache of sequences of which nothing has been read, each [batch, heads, 0, dim]."""
+        """Return the cache of sequences without tokens: tensors [batch, heads, 0, dim]."""
         return [
             replace(
                 self.memory.allocate(0, type_), shape=(batch, entry.shape[1], 0, entry.shape[3])
@@ -98,14 +100,14 @@ class Graph:
         Args:
             ids: int64[batch, tokens].
             mask: int64[batch, past + tokens], 0 for padding, which must be on the left.
-            cache: of the past.
-            into: where to write the longer cache; None for memory of the session's own.
+            cache: the KV cache of the past.
+            into: where to write the longer cache; None for memory that the session allocates.
 
         Returns:
             float32[batch, vocabulary], the logits after the last token, and the longer cache.
 
         Raises:
-            InputError: one row would decide on the others; see `rope.Change.require_alike`.
+            InputError: a row would depend on the longest one; see `rope.Change.require_alike`.
         """
         if self.change is not None:
             self.change.require_alike(mask.sum(axis=1))
@@ -113,10 +115,10 @@ class Graph:
         return self._rows(logits, tokens=1), longer
 
     def bind(self, cache: Sequence[Tensor]) -> "Binding":
-        """Let one buffer be the past and the present of the runs of a graph `in_place`.
+        """Bind buffers that are both past and present in the runs of an in-place graph.
 
         Args:
-            cache: each [batch, heads, room, dim].
+            cache: the buffers, each [batch, heads, room, dim].
         """
         binding = self._session.io_binding()
         for entry, present, tensor in zip(self._past, self._present, cache, strict=True):
@@ -129,10 +131,11 @@ class Graph:
         """Append tokens to every sequence, in place.
 
         Args:
-            bound: the cache. Where there is more than one token, it is of one sequence, or of
-                such as have none yet.
+            bound: the cache. If more than one token is appended to a sequence, it must be the cache
+                of a single sequence, or of sequences that have no tokens yet.
             ids: int64[batch, tokens], with padding on the right.
-            before, after: int64[batch], the tokens of each sequence, padding left out.
+            before, after: int64[batch], length of each sequence before and after this call, without
+                padding.
 
         Returns:
             float32[batch, vocabulary], the logits after the last token of each.
@@ -165,7 +168,7 @@ class Graph:
         return logits.type.widen(raw.view(logits.type.bits))
 
     def read(self, ids: Ids) -> Iterator[Logits]:
-        """Read one text from its beginning, a part at a time, as chunked prefill does.
+        """Yield the logits after every token of one text, which is read in parts (chunked prefill).
 
         Args:
             ids: int64[tokens].
@@ -174,15 +177,15 @@ class Graph:
             float32[part, vocabulary], the logits after every token, in order.
 
         Raises:
-            InputError: the graph has not got them.
-            UsageError: no token, an id outside the vocabulary, or more tokens than the export is
-                made for.
+            InputError: the graph gives the logits after the last token only.
+            UsageError: there is no token, an id is outside the vocabulary, or there are more tokens
+                than the export is made for.
         """
         require_all_logits(self.logits)
         require_readable(ids[None], self.vocabulary)
         self.require_room(len(ids))
         cache: Sequence[Tensor] = self.empty_cache(1)
-        # Where frequencies depend on the length, the first part has to know of all of it.
+        # If the rotary frequencies depend on the length of the text, it is read in a single part.
         whole = self.change is not None and len(ids) > self.change.tokens
         at_once = len(ids) if whole else _TOKENS_AT_ONCE
         for start in range(0, len(ids), at_once):
@@ -194,7 +197,7 @@ class Graph:
     def _append(
         self, ids: Ids, mask: Ids, cache: Sequence[Tensor], into: Sequence[Tensor] | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """`run`, with all logits that the graph gives, on the device: [batch, ..., vocabulary]."""
+        """Like `run`, but unchecked, and return all logits of the graph, on the device."""
         device = self.memory.device
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         binding = self._session.io_binding()
@@ -215,7 +218,7 @@ class Graph:
         return _tensor(logits, self._logits_type), into
 
     def _bind_tokens(self, binding: Any, *arrays: Ids) -> None:
-        """Bind the inputs that are not the cache, in their order."""
+        """Bind the arrays to `TOKEN_INPUTS`, in this order."""
         for name, array in zip(TOKEN_INPUTS, arrays, strict=True):
             value = self._ort.OrtValue.ortvalue_from_numpy(
                 np.ascontiguousarray(array), self.memory.device
@@ -228,7 +231,11 @@ class Graph:
         binding.synchronize_outputs()
 
     def _rows(self, logits: Tensor, *, tokens: int) -> Logits:
-        """float32[batch * tokens, vocabulary], the last of the logits of every sequence."""
+        """Copy the logits after the last tokens of every sequence to the host.
+
+        Returns:
+            float32[batch * tokens, vocabulary].
+        """
         batch, given, vocabulary = logits.shape
         each = replace(logits, shape=(batch, 1, given, vocabulary))
         raw = self.memory.read(each.lines(range(batch), range(given - tokens, given)))
@@ -238,7 +245,7 @@ class Graph:
         """Refuse sequences that are longer than the export is made for.
 
         Raises:
-            UsageError: they are.
+            UsageError: there are more tokens than `max_sequence`.
         """
         require_room(
             tokens,
@@ -250,11 +257,11 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A kv cache that the runs of a graph read and write in place.
+    """A KV cache that the runs of a graph read and write in place.
 
     Attributes:
         binding: an `onnxruntime.IOBinding`.
-        cache: what is bound, which has to live as long.
+        cache: the tensors that are bound, kept alive as long as the binding.
     """
 
     binding: Any
@@ -262,18 +269,18 @@ class Binding:
 
 
 def _tensor(value: Any, type_: Float) -> Tensor:
-    """A result of ONNX Runtime, which owns the memory."""
+    """Describe a result of ONNX Runtime, which owns the memory."""
     return Tensor(value.data_ptr(), tuple(value.shape()), type_, value)
 
 
 def require_all_logits(logits: str) -> None:
-    """Refuse a graph that cannot be judged by what it makes of a text.
+    """Refuse a graph that does not give the logits after every token of a text.
 
     Args:
-        logits: what the graph gives, "all" or "last".
+        logits: "all" or "last", the tokens whose logits the graph gives.
 
     Raises:
-        InputError: it gives the logits after the last token only.
+        InputError: the graph gives the logits after the last token only.
     """
     if logits != "all":
         raise InputError(

@@ -1,19 +1,19 @@
-"""Rows of a graph with ONNX Runtime's own attention, which writes the kv cache in place.
+"""Rows of a graph with ONNX Runtime's own attention, which writes the KV cache in place.
 
-The cache is one buffer for each tensor, [rows, heads, room, dim]. Every row begins at its left end
+The cache has one buffer for each tensor, [rows, heads, room, dim]. Every row begins at the left end
 and has a length of its own:
 
     row 0   a b c d e . . . . .
     row 1   f g h . . . . . . .      room = 10
     row 2   i j k l . . . . . .
 
-The buffers are both the past and the present of a step, which writes the new token of each row
-behind its last one: nothing else of the cache is written, and nothing copied. A row is copied when
-its prompt was read, when it takes the place of one that has left, and when the room becomes too
-small. Whatever lies beyond a row's length is never read.
+Each buffer is both the past and the present of a step. The step writes the new token of each row
+behind the last one; it writes nothing else of the cache, and copies nothing. A row is copied only
+when its prompt has been read, when it takes the number of a row that has left, and when the room
+becomes too small. Content beyond a row's length is never read.
 
-ONNX Runtime's attention reads the beginnings of several prompts together; what comes later of a
-prompt, after what is remembered of it or after a first piece, it reads of one row at a time.
+ONNX Runtime's attention can read several prompts together only from their beginnings. The rest of a
+prompt, after a cached prefix or after its first piece, is read one row at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
 from runtime.rows import Rows
 
-# Tokens of a sequence that are read at once where nobody says how many.
+# Tokens of each sequence that `read_once` reads at once.
 _PIECE = 128
 
-# Of the room that is made, beyond what is needed now.
+# New buffers have room for more tokens than needed now by this factor.
 _HEADROOM = 1.25
 
 
@@ -49,17 +49,17 @@ def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -
 
 
 class InPlaceRows(Rows):
-    """Sequences side by side, each at the left end of its buffer."""
+    """Rows of one batch, each at the left end of the buffers."""
 
     def clear(self) -> None:
-        """Forget everything, and free the memory."""
+        """Drop all rows, and free their memory."""
         self.lengths = np.zeros(0, np.int64)
         self._room = 0
         self._buffers: Sequence[Tensor] = self._like
         self._bound: dict[range, Binding] = {}
 
     def join(self, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> "InPlaceReading":
-        """Begin to read the prompts of newcomers."""
+        """Start to read the prompts of newcomers; see `SlotEngine.join`."""
         return InPlaceReading(self._graph, prompts, prefixes, self)
 
     def decode(self, ids: Ids) -> Logits:
@@ -70,32 +70,32 @@ class InPlaceRows(Rows):
         """Append tokens to some rows.
 
         Args:
-            rows: which; only one, or only such as have no tokens, where there is more than one
-                token.
+            rows: the numbers of the rows. If more than one token is appended to a row, this must be
+                a single row, or rows that have no tokens yet.
             ids: int64[rows, tokens], with padding on the right.
-            counts: int64[rows], how many of them are no padding.
+            counts: int64[rows], number of tokens of each row that are not padding.
 
         Returns:
-            float32[rows, vocabulary], what follows.
+            float32[rows, vocabulary], the logits after the last token.
         """
         before = self.lengths[rows.start : rows.stop]
         after = before + counts
         self._make_room(int(after.max()))
         if rows not in self._bound:
-            # The number of rows changes now and then; the binding of one number serves many steps.
+            # The number of rows changes only now and then, so a binding serves many steps.
             self._bound[rows] = self._graph.bind(self._tensors(rows))
         logits = self._graph.append(self._bound[rows], ids, before, after)
         self.lengths[rows.start : rows.stop] = after
         return logits
 
     def add(self, lengths: Ids) -> None:
-        """Put rows below the others, whose tokens are still to be written."""
+        """Add rows below the others, with these lengths; the caller writes their cache."""
         assert len(self.lengths) + len(lengths) <= self._most
         self._make_room(int(lengths.max()))
         self.lengths = np.concatenate([self.lengths, lengths])
 
     def extend(self, others: "InPlaceRows") -> None:
-        """Put the rows of others below the own ones."""
+        """Copy the rows of another batch below the rows of this one."""
         old, more = len(self.lengths), len(others.lengths)
         self.add(others.lengths)
         tokens = range(int(others.lengths.max()))
@@ -106,11 +106,11 @@ class InPlaceRows(Rows):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The cache, each [rows, heads, room, dim]."""
+        """The KV cache: tensors of shape [rows, heads, room, dim]."""
         return self._tensors(range(len(self.lengths)))
 
     def recall(self, row: int, blocks: Sequence[Block]) -> None:
-        """Give a row without tokens what was read before."""
+        """Copy blocks of the prefix cache into a row that has no tokens yet."""
         self._make_room(covered(blocks))
         for block in blocks:
             start = int(self.lengths[row])
@@ -143,7 +143,7 @@ class InPlaceRows(Rows):
                 self._memory.copy(new.lines(rows, used), earlier.lines(rows, used))
 
     def _tensors(self, rows: range) -> list[Tensor]:
-        """The cache of some rows."""
+        """The KV cache of some rows."""
         found = []
         for tensor in self._shaped(self._buffers, self._room):
             address = tensor.lines(rows, range(self._room)).address
@@ -159,7 +159,7 @@ class InPlaceRows(Rows):
 
 
 class InPlaceReading:
-    """See `runtime.engine.Reading`."""
+    """Prefill of new rows of an `InPlaceRows`; see `runtime.engine.Reading`."""
 
     def __init__(
         self,
@@ -168,13 +168,13 @@ class InPlaceReading:
         prefixes: Prefixes,
         rows: InPlaceRows,
     ) -> None:
-        """Begin with what is remembered of the prompts."""
+        """Start with the prefixes of the prompts that are in the prefix cache."""
         self._prompts = list(map(tuple, prompts))
         self._prefixes = prefixes
         self._rows = rows
-        # What follows a prompt, once it is known.
+        # The logits after each prompt, once they are known: float32[vocabulary].
         self._logits: list[NDArray[np.float32] | None] = [None] * len(prompts)
-        # They need no room beyond the prompts.
+        # The buffers of newcomers hold nothing but their prompts.
         self._newcomers = InPlaceRows(graph, len(prompts), room=max(map(len, prompts)))
         self._newcomers.add(np.zeros(len(prompts), np.int64))
         for row, prompt in enumerate(self._prompts):

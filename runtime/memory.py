@@ -1,9 +1,9 @@
-"""Memory of the device that a graph runs on, which holds the kv cache.
+"""Memory for the KV cache, on the device that a graph runs on.
 
-Everything that is done to a cache is the copying or clearing of equally long lines at equal
-distances, which is what the CUDA runtime calls a 2D copy. So the host and a GPU differ in four
-small functions, and neither PyTorch nor a package with CUDA bindings is needed: `libcudart` is
-there wherever ONNX Runtime runs on CUDA, because its CUDA provider is linked against it.
+Every operation on a cache copies or clears lines of equal length at equal distances, which the CUDA
+runtime calls a 2D copy. So the host and a GPU differ in four small methods only, and neither
+PyTorch nor a package with CUDA bindings is needed: `libcudart` is there wherever ONNX Runtime runs
+on CUDA, because its CUDA provider is linked against it.
 """
 
 import ctypes
@@ -23,13 +23,13 @@ _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 2, 3
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Equally long pieces of memory at equal distances.
+    """Pieces of memory of equal length at equal distances.
 
     Attributes:
-        address: of the first.
-        count: how many there are.
-        length: of each, in bytes.
-        pitch: from the beginning of one to that of the next, in bytes.
+        address: address of the first line.
+        count: number of lines.
+        length: length of a line, in bytes.
+        pitch: distance from the beginning of a line to the beginning of the next, in bytes.
     """
 
     address: int
@@ -40,13 +40,13 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor without gaps, [batch, heads, tokens, dim], or of any shape if it is only handed on.
+    """A contiguous tensor [batch, heads, tokens, dim], or of any shape if `lines` is not used.
 
     Attributes:
-        address: of its first value.
-        shape: its sizes.
-        type: of its values.
-        owner: whatever has to live as long as the memory is used.
+        address: address of the first value.
+        shape: the sizes of its axes.
+        type: type of the values.
+        owner: the object that owns the memory, which is kept alive with the tensor.
     """
 
     address: int
@@ -55,7 +55,7 @@ class Tensor:
     owner: object = field(repr=False)
 
     def lines(self, rows: range, tokens: range) -> Lines:
-        """Some tokens of some sequences: one line for each head of each."""
+        """The memory of some tokens of some sequences: one line for each head of each sequence."""
         _, heads, length, dim = self.shape
         token = dim * self.type.bytes
         line = length * token
@@ -68,34 +68,34 @@ class Tensor:
 
 
 class Memory(Protocol):
-    """Memory of a device. What a method does is done when it returns.
+    """Memory of a device; all methods are synchronous.
 
     Attributes:
-        device: as ONNX Runtime calls it.
+        device: name of the device in ONNX Runtime.
     """
 
     device: str
 
-    def allocate(self, values: int, type: Float) -> Tensor:  # as numpy has dtype
-        """A flat tensor of at least that many values, which may be anything, NaN too."""
+    def allocate(self, values: int, type: Float) -> Tensor:  # as in `Tensor`
+        """Allocate a flat tensor of at least `values` values, which are undefined (even NaN)."""
 
     def copy(self, target: Lines, source: Lines) -> None:
-        """Copy lines, as many and as long, to where they do not overlap with themselves."""
+        """Copy lines to as many lines of the same length, which must not overlap with them."""
 
     def zero(self, target: Lines) -> None:
-        """Set every byte to 0."""
+        """Set every byte of the lines to 0."""
 
     def read(self, source: Lines) -> NDArray[np.uint8]:
         """Copy lines to the host: uint8[count, length]."""
 
 
 class HostMemory:
-    """See `Memory`."""
+    """Memory of the host; see `Memory`."""
 
     device = "cpu"
 
     def allocate(self, values: int, type: Float) -> Tensor:
-        """See `Memory.allocate`; only what is written takes memory."""
+        """See `Memory.allocate`; the system provides pages only when they are written to."""
         array = np.empty(max(values, 1), type.bits)
         return Tensor(array.ctypes.data, array.shape, type, array)
 
@@ -113,7 +113,7 @@ class HostMemory:
 
 
 def _on_host(lines: Lines) -> NDArray[np.uint8]:
-    """The lines as uint8[count, length], in place."""
+    """Return a view of the lines as uint8[count, length]."""
     shape = (lines.count, lines.length)
     if 0 in shape:
         return np.zeros(shape, np.uint8)
@@ -123,7 +123,7 @@ def _on_host(lines: Lines) -> NDArray[np.uint8]:
 
 
 class CudaMemory:
-    """See `Memory`; of the first GPU that this process sees.
+    """Memory of the first GPU that this process sees; see `Memory`.
 
     A graph runs on a stream of ONNX Runtime's own, which does not wait for copies on the default
     stream; so every method waits for its own work.
@@ -132,11 +132,11 @@ class CudaMemory:
     device = "cuda"
 
     def __init__(self, ort: Any, cudart: Any) -> None:
-        """Use libraries that are loaded.
+        """Declare the functions of libcudart that are used.
 
         Args:
-            ort: the module `onnxruntime`, which allocates.
-            cudart: libcudart, as `ctypes.CDLL` has it.
+            ort: the module `onnxruntime`, which allocates the memory.
+            cudart: libcudart, loaded by `ctypes.CDLL`.
         """
         self._ort = ort
         self._cudart = cudart
@@ -147,7 +147,7 @@ class CudaMemory:
         cudart.cudaGetErrorName.restype = ctypes.c_char_p
 
     def allocate(self, values: int, type: Float) -> Tensor:
-        """See `Memory.allocate`; never nothing, so that an empty cache has an address too."""
+        """See `Memory.allocate`; at least one value, so that an empty cache has an address too."""
         value = self._ort.OrtValue.ortvalue_from_shape_and_type(
             [max(values, 1)], type.onnx, self.device, 0
         )
@@ -198,10 +198,10 @@ class CudaMemory:
 
 
 def open_cuda(ort: Any) -> CudaMemory:
-    """Memory of the first GPU, once a session has its CUDA provider.
+    """Return the memory of the first GPU, after a session has loaded the CUDA provider.
 
     Raises:
-        PlatformError: the CUDA runtime is not there.
+        PlatformError: the CUDA runtime cannot be loaded.
     """
     name = f"libcudart.so.{ort.cuda_version.partition('.')[0]}"
     try:

@@ -1,17 +1,18 @@
-"""Rows of a neutral graph: each has its own length, and all have the same past.
+"""Rows of a neutral graph: each has its own length, and all have the same past length.
 
-The graph takes a kv cache of one past for all rows, so shorter rows are padded on the left, and the
-mask hides the padding:
+The graph takes a KV cache whose past is equally long in all rows, so shorter rows are padded on the
+left, and the mask hides the padding:
 
     row 0   . . . a b c d e
     row 1   . . . . . f g h      past = 8, padding common to all = 3
     row 2   . . . . i j k l
 
-The cache lies in two sets of buffers, which take turns: a step reads the past from one and writes
-the present into the other. Every tensor begins where its buffer begins, so the last row can be cut
-off, and rows can be put below it, without moving the others. All rows are copied only to make room
-for a longer prompt, and to cut common padding off once that has cost as much as the copy will. The
-buffers are in the memory of the device that the graph runs on; see `runtime.memory`.
+The cache lies in two sets of buffers, which take turns: a step reads the past from one set and
+writes the present into the other. Every tensor begins where its buffer begins, so the last row can
+be cut off, and rows can be added below it, without moving the others. All rows are copied only to
+make room for a longer prompt, and to remove padding that is common to all rows, once copying this
+padding in every step has cost as much as removing it. The buffers are in the memory of the device
+that the graph runs on; see `runtime.memory`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,17 +28,17 @@ from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
 from runtime.rows import Rows
 
-# Tokens of each sequence that are read at once where nobody says how many.
+# Tokens of each sequence that `read_once` reads in one run of the graph.
 _PIECE = 128
 
-# Of the past that a buffer is made for, beyond what is needed now.
+# New buffers are made for a past longer than needed now by this factor.
 _HEADROOM = 1.25
 
 
 def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
     """See `ServingEngine.logits`."""
     cache: Sequence[Tensor] = graph.empty_cache(len(ids))
-    # In pieces, because a run gives the logits of all its positions.
+    # In pieces, because a run makes the logits of all its positions.
     for start in range(0, ids.shape[1], _PIECE):
         if given_up():
             raise CancelledError
@@ -47,20 +48,20 @@ def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -
 
 
 class PaddedRows(Rows):
-    """Sequences side by side, padded on the left to one past."""
+    """Rows of one batch, padded on the left to the same past length."""
 
     def clear(self) -> None:
-        """Forget everything, and free the memory."""
+        """Drop all rows, and free their memory."""
         self.lengths = np.zeros(0, np.int64)
         self._past = 0
-        self._padding_copied = 0  # tokens of common padding, since it was last cut off
-        # Of the buffers, the tokens that they have room for in every row.
+        self._padding_copied = 0  # columns of common padding, since it was last removed
+        # Capacity of the two sets of buffers, in tokens of every row.
         self._present_room = self._spare_room = 0
         self._present: Sequence[Tensor] = self._like
         self._spare: Sequence[Tensor] = self._like
 
     def join(self, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> "PaddedReading":
-        """Begin to read the prompts of newcomers."""
+        """Start to read the prompts of newcomers; see `SlotEngine.join`."""
         return PaddedReading(self._graph, prompts, prefixes, self)
 
     def decode(self, ids: Ids) -> Logits:
@@ -68,16 +69,16 @@ class PaddedRows(Rows):
         return self.read(ids[:, None], self.lengths + 1)
 
     def add(self, rows: int) -> None:
-        """Put rows without tokens below the others."""
+        """Add rows without tokens below the others."""
         old = len(self.lengths)
         assert old + rows <= self._most
         self.lengths = np.pad(self.lengths, (0, rows))
         for tensor in self.tensors:
-            # Whatever lay there might be NaN, which no mask hides.
+            # The old content may be NaN, which no mask hides.
             self._memory.zero(tensor.lines(range(old, old + rows), range(self._past)))
 
     def extend(self, others: "PaddedRows") -> None:
-        """Put the rows of others below the own ones."""
+        """Copy the rows of another batch below the rows of this one."""
         if others._past > self._past:
             self._move(others._past)
         old, more = len(self.lengths), len(others.lengths)
@@ -91,11 +92,11 @@ class PaddedRows(Rows):
             )
 
     def recall(self, beginnings: Sequence[Sequence[Block]], lengths: Ids) -> None:
-        """Give rows, of which none has any token yet, what was read before.
+        """Copy blocks of the prefix cache into the rows, none of which may have a token yet.
 
         Args:
-            beginnings: of each row.
-            lengths: int64[rows], the tokens of these that are taken.
+            beginnings: the blocks with which the prompt of each row begins.
+            lengths: int64[rows], number of tokens that each row takes from its blocks.
         """
         if not lengths.any():
             return
@@ -126,10 +127,10 @@ class PaddedRows(Rows):
 
         Args:
             ids: int64[rows, tokens], with padding on the left.
-            lengths: int64[rows], of the rows afterwards.
+            lengths: int64[rows], lengths of the rows after this call.
 
         Returns:
-            float32[rows, vocabulary], what follows.
+            float32[rows, vocabulary], the logits after the last token.
         """
         longest = int(self.lengths.max())
         self._padding_copied += self._past - longest
@@ -143,7 +144,7 @@ class PaddedRows(Rows):
         return logits
 
     def _move(self, past: int) -> None:
-        """Make the past longer or shorter, on its left, where there is only padding."""
+        """Lengthen or shorten the past, by adding or removing padding on its left."""
         rows, kept = range(len(self.lengths)), min(past, self._past)
         for new, old in zip(self._room(past), self.tensors, strict=True):
             self._memory.zero(new.lines(rows, range(past - kept)))
@@ -156,14 +157,14 @@ class PaddedRows(Rows):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The cache, each [rows, heads, past, dim]."""
+        """The KV cache: tensors of shape [rows, heads, past, dim]."""
         return self._cut(self._present, self._past)
 
     def _room(self, past: int) -> list[Tensor]:
-        """The same of another past, to be written before `_turn`."""
+        """The spare buffers as a cache of another past, to be written before `_turn`."""
         if self._spare_room < past:
             self._spare_room = max(int(_HEADROOM * past) + 1, self._least_room)
-            # The past may be long, and the rows may be many: the smaller ones go first.
+            # The buffers may be large: free the old ones before the new ones are allocated.
             self._spare = []
             self._spare = self._allocate(self._most, self._spare_room)
         return self._cut(self._spare, past)
@@ -182,12 +183,12 @@ class PaddedRows(Rows):
 
 
 class PaddedReading:
-    """See `runtime.engine.Reading`."""
+    """Prefill of new rows of a `PaddedRows`; see `runtime.engine.Reading`."""
 
     def __init__(
         self, graph: Graph, prompts: Sequence[Sequence[int]], prefixes: Prefixes, rows: PaddedRows
     ) -> None:
-        """Begin with what is remembered of the prompts."""
+        """Start with the prefixes of the prompts that are in the prefix cache."""
         self._prompts = list(map(tuple, prompts))
         self._prefixes = prefixes
         self._rows = rows
@@ -196,14 +197,15 @@ class PaddedReading:
         columns = max(
             len(prompt) - covered(its) for prompt, its in zip(prompts, known, strict=True)
         )
-        # Whoever remembers more reads as much all the same: padding is on the left of a row only.
+        # Padding is on the left only, so all rows read the same number of columns, and a row with a
+        # longer cached prefix takes only a part of that.
         beginnings = np.maximum(self._lengths - columns, 0)
         self.reused = int(beginnings.sum())
         self._unread = np.zeros((len(prompts), columns), np.int64)
         for row, (prompt, beginning) in enumerate(zip(prompts, beginnings, strict=True)):
             unread = prompt[beginning:]
             self._unread[row, -len(unread) :] = unread
-        # They need no room beyond the prompts.
+        # The buffers of newcomers hold nothing but their prompts.
         self._newcomers = PaddedRows(graph, len(prompts), room=int(self._lengths.max()))
         self._newcomers.add(len(prompts))
         self._newcomers.recall(known, beginnings)

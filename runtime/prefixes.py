@@ -1,10 +1,10 @@
-"""Beginnings of prompts that were read before, so that they are not read again.
+"""The prefix cache: KV cache of the beginnings of earlier prompts, so that they are read only once.
 
 Many prompts begin alike: with the same system prompt, the same examples, or the conversation so
-far. What the kv cache holds of the tokens there depends on nothing that comes later. It is kept in
-blocks of as many tokens each; a block is known by the block before it and its own tokens, so that
-two beginnings share blocks as far as they are the same. When there is no room for another block,
-the one goes that was not used for the longest time.
+far. The KV cache of these tokens does not depend on anything that comes later. It is kept in blocks
+of a fixed number of tokens. The key of a block is the block before it and its own tokens, so two
+prompts share blocks as far as they are the same. When there is no room for another block, the least
+recently used one is dropped.
 """
 
 from collections import OrderedDict
@@ -14,24 +14,24 @@ from typing import Protocol
 
 from runtime.memory import Tensor
 
-# Of a block.
+# Number of tokens of a block.
 _TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Some tokens after a beginning.
+    """Some tokens of a prompt, and their KV cache.
 
     Attributes:
         ids: the tokens.
-        cache: what the kv cache holds of them, each [1, heads, tokens, dim].
+        cache: the KV cache of the tokens: tensors of shape [1, heads, tokens, dim].
     """
 
     ids: tuple[int, ...]
     cache: Sequence[Tensor]
 
 
-# The block before, None for the first of a prompt, and the own tokens.
+# The block before (None for the first block of a prompt), and the tokens of the block.
 _Key = tuple[Block | None, tuple[int, ...]]
 
 
@@ -40,27 +40,31 @@ class _Graph(Protocol):
 
 
 class Prefixes:
-    """Blocks of beginnings, within a limit of memory.
+    """The blocks of the prefix cache, within a limit of memory.
 
-    For the batcher's thread alone.
+    Not thread-safe: the batcher's thread is the only one that uses it.
     """
 
     def __init__(self, graph: _Graph, most_bytes: int) -> None:
-        """Begin with none.
+        """Start without blocks.
 
         Args:
-            graph: whose cache is kept.
-            most_bytes: of all blocks; less than one block takes keeps none.
+            graph: the graph whose KV cache is kept.
+            most_bytes: largest size of all blocks together, in bytes; if it is less than the size
+                of a block, nothing is kept.
         """
         size = sum(
             like.shape[1] * _TOKENS * like.shape[3] * like.type.bytes
             for like in graph.empty_cache(1)
         )
         self._most = most_bytes // size
-        self._blocks: OrderedDict[_Key, Block] = OrderedDict()  # the latest used come last
+        self._blocks: OrderedDict[_Key, Block] = OrderedDict()  # the most recently used come last
 
     def find(self, prompt: Sequence[int]) -> list[Block]:
-        """The blocks with which a prompt begins; at least its last token is in none of them."""
+        """Return the blocks with which a prompt begins, and mark them as used.
+
+        They never include the last token of the prompt, which has to be read for its logits.
+        """
         found: list[_Key] = []
         before: Block | None = None
         for ids in _cut(prompt[:-1]):
@@ -72,11 +76,11 @@ class Prefixes:
         return [self._blocks[key] for key in found]
 
     def keep(self, prompt: Sequence[int], copy: Callable[[range], Sequence[Tensor]]) -> None:
-        """Keep what is new in a prompt that was read.
+        """Add those blocks of a prompt that are not in the cache yet.
 
         Args:
-            prompt: its ids.
-            copy: gives the cache of some of its tokens, in memory of its own.
+            prompt: the ids of the prompt, all of which have been read.
+            copy: returns a copy of the KV cache of a range of the prompt's tokens.
         """
         before: Block | None = None
         kept = []
@@ -94,18 +98,21 @@ class Prefixes:
         self._mark(kept)
 
     def _mark(self, keys: Sequence[_Key]) -> None:
-        """They are used now; the first most of all, without which the others are not found."""
+        """Mark the blocks of a prompt as used.
+
+        The first block becomes the most recent, because the others are found only through it.
+        """
         for key in reversed(keys):
             self._blocks.move_to_end(key)
 
 
 def covered(blocks: Sequence[Block]) -> int:
-    """How many tokens they have, all together."""
+    """Return the number of tokens of all blocks together."""
     return sum(len(block.ids) for block in blocks)
 
 
 def _cut(ids: Sequence[int]) -> list[tuple[int, ...]]:
-    """The whole blocks of some tokens."""
+    """Cut tokens into whole blocks, and leave out the rest."""
     return [
         tuple(ids[start : start + _TOKENS]) for start in range(0, len(ids) - _TOKENS + 1, _TOKENS)
     ]

@@ -1,4 +1,4 @@
-"""Sequences side by side and their kv cache: what is the same wherever the tokens of a row lie."""
+"""The rows of a batch and their KV cache: the part that does not depend on the layout of a row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from runtime.memory import Tensor
 
 
 class Rows(ABC):
-    """Rows of a graph, of which any can leave: the last one takes its place.
+    """The rows of a batch and their KV cache; when a row leaves, the last row takes its number.
 
     Attributes:
-        lengths: int64[rows], the tokens of each row.
+        lengths: int64[rows], number of tokens of each row.
     """
 
     lengths: Ids
 
     def __init__(self, graph: Graph, most: int, *, room: int = 0) -> None:
-        """Begin without rows.
+        """Start without rows.
 
         Args:
-            graph: what reads tokens.
-            most: rows that may come.
-            room: tokens of a row that are sure to come.
+            graph: the graph that reads the tokens.
+            most: largest number of rows.
+            room: smallest capacity to allocate for a row, in tokens.
         """
         self._least_room = room
         self._graph = graph
@@ -35,12 +35,12 @@ class Rows(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget everything, and free the memory."""
+        """Drop all rows, and free their memory."""
 
     @property
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """The cache, each [rows, heads, columns, dim]."""
+        """The KV cache: tensors of shape [rows, heads, columns, dim]."""
 
     @abstractmethod
     def _first(self, row: int) -> int:
@@ -48,10 +48,10 @@ class Rows(ABC):
 
     @abstractmethod
     def _columns(self, row: int) -> range:
-        """The columns that go with a row when it moves."""
+        """The columns to copy when a row moves."""
 
     def copy(self, row: int, tokens: range) -> list[Tensor]:
-        """The cache of some tokens of a row, in memory of its own: each [1, heads, tokens, dim]."""
+        """Return a copy of the KV cache of some tokens of a row: each [1, heads, tokens, dim]."""
         first = self._first(row)
         columns = range(first + tokens.start, first + tokens.stop)
         copied = []
@@ -65,7 +65,7 @@ class Rows(ABC):
         return copied
 
     def remove(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Drop a row; the last row takes its number."""
         last = len(self.lengths) - 1
         if row != last:
             columns = self._columns(last)
@@ -78,7 +78,7 @@ class Rows(ABC):
             self.clear()
 
     def _allocate(self, rows: int, columns: int) -> Sequence[Tensor]:
-        """Memory for the cache of rows, whatever is in it."""
+        """Allocate memory for the KV cache of rows; its content is undefined."""
         return [
             self._memory.allocate(rows * like.shape[1] * columns * like.shape[3], like.type)
             for like in self._like

@@ -1,9 +1,9 @@
-"""Choose the next token from its logits. Knows ids only.
+"""Choose the next token from the logits; works on token ids only.
 
 The steps and their order are those of transformers' `generate`: repetition penalty, temperature,
 top-k, top-p, min-p, then a draw. OpenAI's frequency and presence penalties and biases come after
-the repetition penalty. Every finite logit with every allowed value gives a token: the
-likeliest token always stays, and what overflows is as unlikely, or as likely, as can be.
+the repetition penalty. Finite logits give a token with every allowed setting: the likeliest token
+is never cut off, and a logit that overflows counts as the smallest, or the largest, possible.
 """
 
 from collections import Counter
@@ -22,14 +22,15 @@ class Sampling:
 
     Attributes:
         temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_k: only that many of the likeliest tokens are drawn from; 0 for all.
-        top_p: only the likeliest tokens that make up this probability.
-        min_p: only tokens at least this fraction as likely as the likeliest.
-        repetition_penalty: logits of tokens that were seen are divided by it if positive, and
-            multiplied by it if negative; 1 for none.
-        frequency_penalty: taken from the logit of a token for each time that it was generated.
-        presence_penalty: taken from the logit of every token that was generated.
-        seed: of the random numbers; row i of a batch uses seed + i.
+        top_k: number of likeliest tokens to draw from; 0 for all.
+        top_p: the smallest set of likeliest tokens with at least this total probability is drawn
+            from.
+        min_p: tokens less likely than this fraction of the largest probability are left out.
+        repetition_penalty: the logits of tokens seen so far, prompt included, are divided by it if
+            positive, and multiplied by it if negative; 1 for no penalty.
+        frequency_penalty: subtracted from the logit of a token for each time that it was generated.
+        presence_penalty: subtracted from the logit of every token that was generated.
+        seed: seed of the random numbers; row i of a batch uses seed + i.
 
     Raises:
         UsageError: a value is out of its range.
@@ -63,7 +64,7 @@ class Sampling:
 
 GREEDY = Sampling()
 
-# The difference of two such numbers is finite.
+# The largest magnitude of a penalised logit: the difference of two such numbers is finite.
 _LARGEST = np.finfo(np.float64).max / 4
 
 
@@ -82,9 +83,9 @@ class Sampler:
 
         Args:
             sampling: how to choose.
-            prompt: its ids; they count as seen.
-            row: of the batch.
-            bias: added to the logits of these ids.
+            prompt: the ids of the prompt; they count as seen.
+            row: the row in the batch, which is added to the seed.
+            bias: maps ids to values that are added to their logits.
         """
         self._sampling = sampling
         self._seen = set(prompt)
@@ -93,11 +94,12 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed + row)
 
     def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
-        """The next token.
+        """Choose the next token.
 
         Args:
             logits: float32[vocabulary].
-            allowed: bool[vocabulary], at least one of them; None for all.
+            allowed: bool[vocabulary], True for the tokens that may be chosen, at least one; None
+                for all.
         """
         scores = penalise(logits, self._seen, self._sampling.repetition_penalty)
         self._shift(scores)
@@ -107,8 +109,9 @@ class Sampler:
             token = int(scores.argmax())
         else:
             cumulative = probabilities(scores, self._sampling).cumsum()
-            # The last sum may be a little below 1, and a token of probability 0 is never drawn. The
-            # product may be rounded up to the sum, which no token would be right of.
+            # The last sum may be a little below 1, so the draw is scaled by it. The product may be
+            # rounded up to the sum itself, to the right of which there is no token. With
+            # side="right" a token of probability 0 is never drawn.
             drawn = self._random.random() * cumulative[-1]
             drawn = min(drawn, np.nextafter(cumulative[-1], 0))
             token = int(np.searchsorted(cumulative, drawn, side="right"))
@@ -117,7 +120,7 @@ class Sampler:
         return token
 
     def _shift(self, scores: NDArray[np.float64]) -> None:
-        """Penalise what was generated, and add the biases; in place."""
+        """Apply the frequency and presence penalties and the biases, in place."""
         frequency, presence = self._sampling.frequency_penalty, self._sampling.presence_penalty
         if (frequency or presence) and self._counts:
             counts = np.array(list(self._counts.values()))
@@ -129,7 +132,7 @@ class Sampler:
 def penalise(
     logits: NDArray[np.float32], seen: Iterable[int], penalty: float
 ) -> NDArray[np.float64]:
-    """float64[vocabulary], with the logits of seen tokens moved down."""
+    """Return the logits as float64[vocabulary], with the repetition penalty on seen tokens."""
     scores = logits.astype(np.float64)
     if penalty != 1:
         ids = list(seen)
@@ -140,13 +143,13 @@ def penalise(
 
 
 def probabilities(scores: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64]:
-    """float64[vocabulary] that sums to 1: what to draw from.
+    """Return the probabilities to draw from, float64[vocabulary] with the sum 1.
 
     Args:
-        scores: float64[vocabulary].
-        sampling: with a temperature above 0.
+        scores: float64[vocabulary], the logits after penalties and biases.
+        sampling: how to choose, with a temperature above 0.
     """
-    # Below the largest, so that a tiny temperature gives -inf for the others and never inf or NaN.
+    # Relative to the largest score: a tiny temperature then gives -inf, and never inf or NaN.
     with np.errstate(over="ignore"):
         scores = (scores - scores.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
@@ -155,13 +158,13 @@ def probabilities(scores: NDArray[np.float64], sampling: Sampling) -> NDArray[np
         )
     if sampling.top_p < 1:
         odds = _softmax(scores)
-        # Tokens below this make up less than 1 - top_p, all together: they need not be sorted.
-        # The likeliest is not below it, whatever rounding says.
+        # All tokens less likely than this sum to less than 1 - top_p, so they need not be sorted.
+        # The minimum keeps the likeliest token in spite of rounding.
         least = min((1 - sampling.top_p) / len(odds), odds.max())
         candidates = np.flatnonzero(odds >= least)
         order = candidates[np.argsort(-scores[candidates], kind="stable")]
         before = np.cumsum(odds[order])
-        before = np.concatenate([[0.0], before[:-1]])  # what the likelier tokens make up
+        before = np.concatenate([[0.0], before[:-1]])  # total probability of the likelier tokens
         kept = order[before < sampling.top_p]
         cut = np.full_like(scores, -np.inf)
         cut[kept] = scores[kept]

@@ -1,7 +1,7 @@
-"""Slots on ONNX Runtime: the rows of one batch, each with its own length.
+"""Continuous batching on ONNX Runtime: the rows of one batch, each with its own length.
 
-How the rows lie in memory depends on the graph: `runtime.padded` for a neutral one, and
-`runtime.in_place` for one with ONNX Runtime's own attention.
+The layout of the rows in memory depends on the graph: see `runtime.padded` for a neutral graph, and
+`runtime.in_place` for a graph with ONNX Runtime's own attention.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,21 +18,21 @@ from runtime.prefixes import Prefixes, covered
 
 
 class OnnxRuntimeSlots:
-    """See `runtime.engine.ServingEngine`.
+    """Serving engine on ONNX Runtime; see `runtime.engine.ServingEngine`.
 
     Attributes:
-        max_sequence: the most tokens of a row, prompt and answer together.
-        vocabulary: how many ids there are.
-        slots: the most rows, newcomers included.
+        max_sequence: largest number of tokens of a row, prompt and answer together.
+        vocabulary: number of token ids.
+        slots: largest number of rows, including those whose prompts are still being read.
     """
 
     def __init__(self, graph: Graph, *, slots: int, prefix_bytes: int = 0) -> None:
-        """Begin without rows.
+        """Start without rows.
 
         Args:
-            graph: what reads tokens.
-            slots: the most rows.
-            prefix_bytes: of the device's memory, to keep the beginnings of prompts in.
+            graph: the graph to run.
+            slots: largest number of rows.
+            prefix_bytes: size of the prefix cache in the device's memory, in bytes.
         """
         self.max_sequence = graph.max_sequence
         self.vocabulary = graph.vocabulary

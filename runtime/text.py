@@ -17,10 +17,10 @@ from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, PlatformError, UsageError, boundary
 from thanos_deploy.model import tokenizer_files
 
-# Ids before the first one that it is decoded with.
+# Number of ids before new ones that are decoded with them.
 _CONTEXT = 8
 
-# Ids that are held back for a character to be finished, which has at most four bytes.
+# Number of ids that may be held back for an unfinished character, which has at most four bytes.
 _HELD = 16
 
 
@@ -29,7 +29,7 @@ class Tokenizer:
 
     Attributes:
         stop: ids that end a text.
-        specials: texts that stand for special tokens.
+        specials: the texts of the special tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: frozenset[int]) -> None:
@@ -49,15 +49,15 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, framed: bool = True) -> list[int]:
-        """The ids of a text.
+        """Return the ids of a text.
 
         Args:
-            text: what to encode.
-            framed: with what the model wants before and after a text; a chat template writes that
-                itself.
+            text: the text to encode.
+            framed: add the special tokens that the model expects before and after a text; a chat
+                template writes them itself.
 
         Raises:
-            InputError: the text is not valid Unicode, or has what the tokenizer has no token for.
+            InputError: the text is not valid Unicode, or the tokenizer cannot encode it.
         """
         try:
             text.encode()
@@ -74,37 +74,37 @@ class Tokenizer:
             return _encoded(self._tokenizer, text, framed=framed)
 
     def encode_literally(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are text like any other."""
+        """Return the ids of a text in which the texts of special tokens are ordinary text."""
         return _encoded(self._literal, text, framed=False)
 
     @cached_property
     def _literal(self) -> Any:
-        # Another one, because what it makes of special tokens is a property of a tokenizer.
+        # A second tokenizer, because this setting holds for a whole tokenizer.
         other = copy.deepcopy(self._tokenizer)
         other.encode_special_tokens = True
         return other
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
-        """The text of ids, with or without special tokens."""
-        # As a batch of one, which leaves Python to other threads meanwhile; see `_encoded`.
+        """Return the text of ids, with or without special tokens."""
+        # As a batch of one, because `decode_batch` releases the GIL; see `_encoded`.
         (text,) = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=not specials)
         return str(text)
 
     @property
     def size(self) -> int:
-        """How many ids it knows."""
+        """Number of ids in its vocabulary."""
         known: int = self._tokenizer.get_vocab_size()
         return known
 
     def serialized(self) -> str:
-        """All of it, as JSON that other libraries read."""
+        """Return the whole tokenizer as JSON that other libraries read."""
         content: str = self._tokenizer.to_str()
         return content
 
     def text_of(self, token: int) -> str | None:
-        """The text of one id within a longer text; None if it is only part of a character."""
-        if token not in self._texts:  # each is decoded once: alternatives name many of them
-            # Beside itself, because some tokenizers drop the space before the first word.
+        """Return the text of one id within a longer text; None if it is part of a character."""
+        if token not in self._texts:  # cached, because log probabilities name many tokens
+            # Decoded after itself, because some tokenizers drop the space before the first word.
             once, twice = (
                 self._tokenizer.decode([token] * times, skip_special_tokens=False)
                 for times in (1, 2)
@@ -114,16 +114,16 @@ class Tokenizer:
         return self._texts[token]
 
     def name_of(self, token: int) -> str:
-        """Its text, or "token_id:NUMBER" where it is none by itself."""
+        """Return the text of one id, or "token_id:NUMBER" if it has no text by itself."""
         text = self.text_of(token)
         return f"token_id:{token}" if text is None else text
 
 
 def _encoded(tokenizer: Any, text: str, *, framed: bool) -> list[int]:
-    """The ids of a text, without stopping the other threads of this process meanwhile.
+    """Return the ids of a text, and let other threads run meanwhile.
 
-    `Tokenizer.encode` keeps Python's lock, for seconds where a text has a megabyte;
-    `Tokenizer.encode_batch` gives it back.
+    `Tokenizer.encode` of the package tokenizers holds the GIL, for seconds if the text has a
+    megabyte; `encode_batch` releases it.
     """
     (encoding,) = tokenizer.encode_batch([text], add_special_tokens=framed)
     ids: list[int] = encoding.ids
@@ -161,14 +161,14 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
 
 
 def verify_texts(bundle: Bundle, *, templates: bool = False) -> None:
-    """Compare what says how texts become ids, and where they end, with the manifest.
+    """Compare the files that decide how texts become ids, and where they end, with the manifest.
 
     Args:
         bundle: the bundle.
-        templates: the chat templates, too.
+        templates: compare the chat templates, too.
 
     Raises:
-        IntegrityError: a file was changed, is missing, or is one that no stage wrote.
+        IntegrityError: a file was changed, is missing, or was not written by any stage.
     """
 
     def is_read(name: str) -> bool:
@@ -193,19 +193,19 @@ def stream(
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Continue a prompt.
+    """Continue a prompt, and yield the text as it is generated.
 
     Args:
-        engine: what to run.
-        tokenizer: of the same bundle.
+        engine: the engine to run.
+        tokenizer: the tokenizer of the same bundle.
         prompt: the text to continue.
-        new_tokens: the most tokens to generate.
-        sampling: how to choose them.
+        new_tokens: largest number of tokens to generate.
+        sampling: how to choose the tokens.
         stop: texts that end the answer; they are not yielded.
 
     Yields:
-        pieces of text, each as soon as it is certain: a character is held back until all its
-        bytes are there, and what may be the beginning of a stop string until it is not.
+        pieces of text, each as soon as it is certain: a character is held back until it has all
+        its bytes, and text that may begin a stop string until it turns out not to.
 
     Raises:
         UsageError: the prompt or a stop string is empty.
@@ -218,10 +218,10 @@ def stream(
 
 
 def require_text(*texts: str) -> None:
-    """Refuse a prompt or a stop string without a character.
+    """Refuse an empty prompt or stop string.
 
     Raises:
-        UsageError: one is empty.
+        UsageError: one of the texts is empty.
     """
     if not all(texts):
         raise UsageError(
@@ -230,7 +230,7 @@ def require_text(*texts: str) -> None:
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of a stream of ids, in pieces without half characters; see `Decoder`."""
+    """Yield the text of a stream of ids, in pieces of whole characters; see `Decoder`."""
     decoder = Decoder(tokenizer, before)
     for token in ids:
         if piece := decoder.push(token):
@@ -240,7 +240,7 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ())
 
 
 def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on as far as the first stop string, and none of that; see `StopStrings`."""
+    """Yield text up to the first stop string, which is left out; see `StopStrings`."""
     strings = StopStrings(stop)
     for text in texts:
         if piece := strings.push(text):
@@ -252,23 +252,23 @@ def until(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 class Decoder:
-    """Makes text of ids that come one by one, and holds half characters back."""
+    """Decodes ids that come one by one, and holds back characters that are not complete."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """Start.
+        """Start without ids.
 
         Args:
             tokenizer: decodes the ids.
-            before: ids just before them, such as the prompt's. Some tokenizers drop the space
-                before the first word that they decode, so nothing is decoded without the piece
-                before it.
+            before: ids just before the first one, such as the prompt's. Some tokenizers drop the
+                space before the first word that they decode, so ids are always decoded together
+                with a few ids before them.
         """
         self._tokenizer = tokenizer
         self._before = list(before[-_CONTEXT:])
         self._fresh: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more id; it may be empty."""
+        """Add an id, and return the text that is certain now; it may be empty."""
         self._fresh.append(token)
         text = self._text(self._fresh)
         if not text or text.endswith("\ufffd"):
@@ -277,11 +277,11 @@ class Decoder:
         return text
 
     def _part(self, text: str) -> str:
-        """What is given out of a text that has not come to the end of a character for long.
+        """Return what to pass on of a text that has ended within a character for too many ids.
 
-        The last of its characters may still be finished; all before it stay what they are.
+        Later ids may still complete its last character; the characters before that are final.
         """
-        for cut in range(1, 5):  # ids that the last character has so far
+        for cut in range(1, 5):  # number of ids of the last character so far
             before, fresh = self._fresh[:-cut], self._fresh[-cut:]
             certain = self._text(before)
             if certain + "\ufffd" == text:
@@ -291,7 +291,7 @@ class Decoder:
         return text
 
     def finish(self) -> str:
-        """The text of what was held back, at the end of the ids."""
+        """Return the text that was held back, at the end of the ids."""
         return self._text(self._fresh)
 
     def _text(self, fresh: Sequence[int]) -> str:
@@ -300,23 +300,24 @@ class Decoder:
 
 
 class StopStrings:
-    """Passes text on as far as the first stop string, and holds back what may begin one.
+    """Passes text on up to the first stop string, and holds back text that may begin one.
 
-    The first is the one that ends first, and of those that end together the longest. However long
-    the strings are, a character costs the same (Knuth, Morris and Pratt, 1977).
+    The first stop string is the one that ends first; of several that end together, the longest. The
+    cost of a character does not depend on the length of the strings (Knuth, Morris and Pratt,
+    1977).
 
     Attributes:
-        found: there was one, so nothing that comes later counts.
+        found: a stop string was found; all later text is to be ignored.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        """Look for any of these strings, none of them empty."""
+        """Look for any of these strings, none of which may be empty."""
         self._stop = [_Search(end) for end in stop]
         self._held = ""
         self.found = False
 
     def push(self, text: str) -> str:
-        """What can be passed on with some more text; it may be empty."""
+        """Add text, and return the text that can be passed on now; it may be empty."""
         begin = len(self._held)
         self._held += text
         for place, character in enumerate(text, begin + 1):
@@ -328,7 +329,7 @@ class StopStrings:
         return self._release(len(self._held) - doubtful)
 
     def finish(self) -> str:
-        """What was held back, at the end of a text without a stop string."""
+        """Return the text held back, at the end of the text; empty after a stop string."""
         return "" if self.found else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
@@ -340,20 +341,20 @@ class _Search:
     """Looks for one string in a text that comes character by character.
 
     Attributes:
-        length: of the string.
-        matched: characters with which the string begins and the text, so far, ends.
+        length: number of characters of the string.
+        matched: length of the longest beginning of the string with which the text so far ends.
     """
 
     def __init__(self, wanted: str) -> None:
         self.length = len(wanted)
         self.matched = 0
         self._wanted = wanted
-        # Of every beginning of the string that was seen so far: the longest shorter beginning with
-        # which it ends.
+        # For every beginning of the string that has matched so far: the length of the longest
+        # shorter beginning with which it ends.
         self._borders: list[int] = []
 
     def push(self, character: str) -> bool:
-        """The text ends with the string now."""
+        """Add a character, and return whether the text now ends with the string."""
         if self.matched == self.length:
             self.matched = self._borders[-1]
         self.matched = self._longer(self.matched, character)
@@ -363,7 +364,7 @@ class _Search:
         return self.matched == self.length
 
     def _longer(self, matched: int, character: str) -> int:
-        """The characters that match with one more, of a text where so many did."""
+        """Return how many characters match after one more, when `matched` did before it."""
         while matched and self._wanted[matched] != character:
             matched = self._borders[matched - 1]
         return matched + (self._wanted[matched] == character)

@@ -1,10 +1,10 @@
 """Text generation as a model of Triton's Python backend; `exporters.triton` writes its folder.
 
-A request is one text. Texts share the steps of a batch, and each is sent piece by piece as it is
-made: the model is decoupled. With `decoupled: false` in its configuration a request waits for its
-whole text, which is all that Triton's plain inference over HTTP can do.
+A request asks for one text. Requests share the decode steps of a batch, and each text is streamed
+as it is generated: the model is decoupled. With `decoupled: false` in its configuration, a request
+gets its whole text in one response, which is all that Triton's plain inference over HTTP can do.
 
-A request that fails is answered with an error; the others go on.
+A request that fails is answered with an error; the others continue.
 """
 
 import time
@@ -27,10 +27,10 @@ from thanos_deploy.errors import DeployError, InputError, ResourceError, UsageEr
 
 
 class TritonPythonModel:
-    """What the backend calls."""
+    """The class that Triton's Python backend creates and calls."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the part of a bundle that lies in the model's own folder."""
+        """Load the part of a bundle that is in the model's own folder."""
         config = loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
@@ -45,13 +45,13 @@ class TritonPythonModel:
         self._batcher = Batcher(engine, queue=int(parameters["queue"]))
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer requests: in pieces, by a thread each, or now and as a whole."""
+        """Answer requests: each streamed by a thread of its own, or one by one as whole texts."""
         if not self._decoupled:
             return [self._whole(request) for request in requests]
         for request in requests:
             sender = request.get_response_sender()
             try:
-                # Here, because a request cannot be read any more when this method has returned.
+                # On this thread, because a request cannot be read after this method has returned.
                 answer = self._begin(request, sender.is_cancelled)
             except Exception as error:
                 _finish(sender, pb_utils.InferenceResponse(error=_error(error)))
@@ -60,7 +60,7 @@ class TritonPythonModel:
         return None
 
     def finalize(self) -> None:
-        """Finish what was begun."""
+        """Finish the requests in flight, and close the batcher."""
         self._batcher.close()
 
     def _begin(self, request: Any, given_up: Callable[[], bool]) -> "_Answer":
@@ -71,7 +71,7 @@ class TritonPythonModel:
             int(values["new_tokens"][0]),
             Sampling(**{name: values[name][0].item() for name in options}),
             stop=self._tokenizer.stop,
-            # Triton's own timeout, in microseconds; 0 is none.
+            # Triton's own timeout, in microseconds; 0 for no timeout.
             deadline=time.monotonic() + request.timeout() / 1e6 if request.timeout() else None,
         )
         stop = [_text(string) for string in values.get("stop", ())]
@@ -86,7 +86,7 @@ class TritonPythonModel:
 
 
 class _Answer:
-    """A text on its way from the batcher."""
+    """The text of one request, as its tokens come from the batcher."""
 
     def __init__(
         self,
@@ -100,19 +100,19 @@ class _Answer:
         self._ticket = batcher.submit(request, self._news.put)
         self._given_up = given_up
         self._pieces = until(pieces(tokenizer, self._ids(), request.prompt), stop)
-        self._end = End(Finish.STOP)  # also with a stop string, when the batcher's is not read
+        self._end = End(Finish.STOP)  # also if a stop string ends the text before the batcher does
 
     def pieces(self) -> Iterator[str]:
         try:
             yield from self._pieces
         finally:
-            self._ticket.cancel()  # after a stop string; it cannot hurt what has ended
+            self._ticket.cancel()  # for a stop string; no effect on a request that has ended
 
     def finish_reason(self) -> str:
-        """Why the text ended, as OpenAI's servers call it.
+        """Return why the text ended, in the words of OpenAI's API.
 
         Raises:
-            ResourceError: it was not finished in time, or not before the model was unloaded.
+            ResourceError: the text was not finished in time, or before the model was unloaded.
             RuntimeError: the engine failed.
         """
         match self._end.reason:

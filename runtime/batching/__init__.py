@@ -1,14 +1,14 @@
-"""Continuous batching: the sequences of several requests take their steps together.
+"""Continuous batching: the sequences of several requests are decoded together.
 
 A request waits for a slot, its prompt is read, and it becomes a row of the batch until its text
-ends. Rows join and leave between two steps, so no request waits for the end of another's text. What
-a row computes does not depend on the others but for the rounding of floats, and a request draws
-from a random stream of its own: the same request with the same seed gets the same tokens.
+ends. Rows join and leave between two steps, so no request waits for the text of another one to end.
+The logits of a row do not depend on the other rows except for floating-point rounding, and every
+request has its own random numbers: the same request with the same seed gets the same tokens.
 
-ORT-GenAI has a batching engine of its own, which does not do this with our graph: on a CPU it takes
-at most four requests together, lets no other one join before the last of them has ended, and
-reports no log probabilities; its dynamic batching wants a graph of paged attention, which exists on
-CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
+ORT-GenAI has a batching engine of its own, which cannot do this with our graph: on a CPU it takes
+at most four requests together, admits no other request before the last of them has ended, and
+reports no log probabilities. Its dynamic batching needs a graph with paged attention, which exists
+on CUDA only (`benchmarks/genai_engine.py`, `benchmarks/LOG.md`).
 """
 
 from runtime.batching.batcher import PROMPT_TOKENS, Batcher, Busy, State

@@ -1,4 +1,4 @@
-"""The thread that steps the sequences of several requests together."""
+"""The thread that decodes the sequences of several requests together."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ from runtime.batching.texts import Text, Ticket
 from runtime.engine import Logits, Reading, SlotEngine, require_readable
 from thanos_deploy.errors import ResourceError, UsageError
 
-# Read between two steps; for so long the texts wait that are being written.
+# Prompt tokens read between two decode steps; running requests wait while they are read.
 PROMPT_TOKENS = 128
 
 _log = logging.getLogger(__name__)
@@ -25,13 +25,13 @@ class State:
     """The state of a batcher.
 
     Attributes:
-        waiting: requests that wait for a slot.
-        active: requests that have one.
-        slots: the most requests that can.
-        steps: of all rows, a token each, since the start.
-        tokens: delivered since the start.
-        prompt_tokens: of the prompts that were read since the start.
-        reused_tokens: of these, how many were remembered from earlier prompts.
+        waiting: number of requests that wait for a slot.
+        active: number of requests that have a slot.
+        slots: number of slots.
+        steps: decode steps of the whole batch since the start.
+        tokens: tokens delivered since the start.
+        prompt_tokens: tokens of all prompts that were read since the start.
+        reused_tokens: those prompt tokens that came from the prefix cache.
     """
 
     waiting: int
@@ -43,7 +43,7 @@ class State:
     reused_tokens: int
 
 
-class Busy(ResourceError):  # noqa: N818  # what it is, like queue.Full
+class Busy(ResourceError):  # noqa: N818  # named like queue.Full
     """The queue is full, or the batcher is closing."""
 
 
@@ -56,25 +56,25 @@ class _Group:
 
 
 class Batcher:
-    """Steps the sequences of several requests together, on one thread of its own."""
+    """Decodes the sequences of several requests together, on one thread of its own."""
 
     def __init__(
         self, engine: SlotEngine, *, queue: int, prompt_tokens_per_step: int = PROMPT_TOKENS
     ) -> None:
-        """Start.
+        """Start the thread.
 
         Args:
-            engine: used by this batcher only.
-            queue: the most requests that wait for a slot.
-            prompt_tokens_per_step: about how many tokens of prompts are read between two steps.
+            engine: the engine, whose rows only this batcher may use.
+            queue: largest number of owners whose requests wait for a slot; see `submit`.
+            prompt_tokens_per_step: about how many prompt tokens are read between two decode steps.
         """
         self._engine = engine
         self._queue = queue
         self._prompt_tokens_per_step = prompt_tokens_per_step
         self._lock = threading.Condition()
         self._waiting: list[Text] = []
-        self._admitted: list[Text] = []  # with a slot, before their prompts are begun
-        self._groups: deque[_Group] = deque()  # read in turn, the first one next
+        self._admitted: list[Text] = []  # have a slot; reading of their prompts has not begun
+        self._groups: deque[_Group] = deque()  # read in turn, the first group next
         self._rows: list[Text] = []
         self._active = 0  # sequences with a slot
         self._closing = False
@@ -86,20 +86,21 @@ class Batcher:
     def submit(
         self, request: Request, deliver: Deliver, *, owner: Hashable | None = None
     ) -> Ticket:
-        """Take a request.
+        """Queue a request.
 
         Args:
-            request: what to continue.
+            request: the prompt to continue, and how.
             deliver: called with every token, and then with the end.
-            owner: who asks, if for more than this: of those that wait, the one whose owner has the
-                fewest slots is next, and nobody takes the last free slot beside another of his.
+            owner: identifies requests that belong together; None for a request by itself. The next
+                free slot goes to the waiting request whose owner has the fewest slots. The last
+                free slot never goes to an owner that already has one.
 
         Raises:
-            Busy: no slot is free and enough owners wait for one, or the batcher is closing.
+            Busy: the queue is full, or the batcher is closing.
             UsageError: the engine cannot read the prompt.
         """
         require_readable(np.array([request.prompt]), self._engine.vocabulary)
-        # The last token is not read any more.
+        # The last token is never fed back to the engine.
         most = self._engine.max_sequence - len(request.prompt) + 1
         if most < 1:
             raise UsageError(
@@ -122,7 +123,7 @@ class Batcher:
         return sequence.ticket
 
     def state(self) -> State:
-        """What is going on right now."""
+        """Return the current state."""
         with self._lock:
             return State(
                 waiting=len(self._waiting),
@@ -135,15 +136,15 @@ class Batcher:
             )
 
     def close(self, *, timeout: float | None = None) -> bool:
-        """Take no more requests, finish those that were taken, and end the thread.
+        """Shut down gracefully: take no more requests, finish the others, and end the thread.
 
-        Not to be called from a callback.
+        Must not be called from a callback.
 
         Args:
-            timeout: seconds after which the rest ends with CLOSED; None for no limit.
+            timeout: seconds after which unfinished requests end with CLOSED; None for no limit.
 
         Returns:
-            everything was finished in time.
+            True if all requests were finished in time.
         """
         with self._lock:
             self._closing = True
@@ -182,7 +183,7 @@ class Batcher:
             return busy()
 
     def _give_up(self) -> None:
-        """End what was cancelled or is too late, wherever it is."""
+        """End all requests, waiting or active, that were cancelled or are past their deadline."""
         now = time.monotonic()
         with self._lock:
             for sequence in (*self._waiting, *self._with_slots()):
@@ -197,7 +198,7 @@ class Batcher:
         return [*self._admitted, *read, *self._rows]
 
     def _release(self) -> None:
-        """Free the slots of those that have ended."""
+        """Free the slots of the sequences that have ended."""
         self._forget(self._admitted, lambda _: None)
         self._forget(self._rows, self._engine.leave)
         for group in self._groups:
@@ -215,7 +216,7 @@ class Batcher:
                 sequence.finish()
 
     def _admit(self) -> None:
-        """Give free slots to those that wait."""
+        """Give free slots to waiting requests."""
         with self._lock:
             admitted = self._next()
             self._waiting = [one for one in self._waiting if one not in admitted]
@@ -223,11 +224,10 @@ class Batcher:
             self._active += len(admitted)
 
     def _begin(self) -> None:
-        """Begin to read prompts; short ones that come together are read together.
+        """Start to read prompts; short prompts that come together are read together.
 
-        What is remembered of a prompt does not count: only the rest is read. So a long one, of
-        which much is being read for somebody else at the moment, such as for another answer of the
-        same request, is not begun before that is done.
+        A prefix in the prefix cache is not read again. So a long prompt waits while another request
+        reads a long prefix of it, such as another answer to the same prompt.
         """
         begun: list[Text] = []
         for sequence in self._admitted:
@@ -239,7 +239,7 @@ class Batcher:
             self._admitted = [one for one in self._admitted if one not in group]
 
     def _is_being_read(self, sequence: Text, begun: Sequence[Text]) -> bool:
-        """To wait until another prompt is read saves at least as much reading as it costs."""
+        """Whether waiting for another prompt saves at least as much reading as it costs."""
         prompt = sequence.request.prompt
         unread = self._unread(prompt)
         if unread <= self._prompt_tokens_per_step:
@@ -248,10 +248,11 @@ class Batcher:
         for group in self._groups:
             others += [(one, group.reading.left) for one in group.sequences]
         for other, left in others:
-            # Less than a piece is not worth it.
+            # Length of the common prefix that is worth waiting for: the tokens in the prefix cache
+            # now, and as many more as the other prompt has left to read, at least one piece.
             saved = len(prompt) - unread + max(left, self._prompt_tokens_per_step)
             if (
-                other.number < sequence.number  # so that it waits for some, and not for ever
+                other.number < sequence.number  # so that no two wait for each other
                 and left <= unread
                 and prompt[:saved] == other.request.prompt[:saved]
             ):
@@ -259,11 +260,11 @@ class Batcher:
         return False
 
     def _unread(self, prompt: Sequence[int]) -> int:
-        """The tokens of a prompt that are not remembered."""
+        """Return how many tokens of a prompt are not in the prefix cache."""
         return len(prompt) - self._engine.remembered(prompt)
 
     def _grouped(self, sequences: Sequence[Text]) -> list[list[Text]]:
-        """Those that are read together, in their order."""
+        """Group the sequences whose prompts are read together, in their order."""
         groups: list[list[Text]] = []
         longest = 0
         for sequence in sequences:
@@ -277,7 +278,10 @@ class Batcher:
         return groups
 
     def _next(self) -> list[Text]:
-        """Who gets the free slots: in turn, whose owner has the fewest, and came first."""
+        """Choose the waiting requests that get the free slots.
+
+        Each slot goes to the request whose owner has the fewest slots; of several, to the first.
+        """
         slots = Counter(sequence.owner for sequence in self._with_slots())
         waiting, chosen = list(self._waiting), []
         for free in range(self._free(), 0, -1):
@@ -285,7 +289,7 @@ class Batcher:
                 break
             sequence = min(waiting, key=lambda one: slots[one.owner])
             if free == 1 and slots[sequence.owner]:
-                break  # it is for somebody else, who would have to wait for the end of an answer
+                break  # keep it for another owner, which would otherwise wait for an answer to end
             waiting.remove(sequence)
             slots[sequence.owner] += 1
             chosen.append(sequence)
@@ -298,7 +302,7 @@ class Batcher:
             self._steps += 1
 
     def _read(self) -> None:
-        """Read on in prompts, group by group in turn: a short one does not wait for long ones."""
+        """Read prompts, group by group in turn, so that a short one does not wait for long ones."""
         left = self._prompt_tokens_per_step
         for _ in range(len(self._groups)):
             group = self._groups.popleft()
@@ -321,12 +325,12 @@ class Batcher:
                 self._tokens += sequence.extend(row)
             except UsageError as error:
                 sequence.end = End(Finish.REFUSED, error.message)
-            except Exception as error:  # of this row: the others have nothing to do with it
+            except Exception as error:  # only this row failed; the others continue
                 _log.exception("a row failed; its request ends")
                 sequence.end = End(Finish.FAILED, f"{type(error).__name__}: {error}")
 
     def _fail(self, error: str) -> None:
-        """End everything that has a slot."""
+        """End all requests that have a slot."""
         self._engine.clear()
         failed = self._with_slots()
         self._admitted = []

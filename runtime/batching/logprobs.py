@@ -7,12 +7,12 @@ from runtime.batching.requests import Token
 
 
 def token_of(chosen: int, logits: NDArray[np.float32], alternatives: int | None) -> Token:
-    """A token with its log probability, and those of the likeliest in its place.
+    """Return a token with its log probability, and the likeliest tokens in its place with theirs.
 
     Args:
         chosen: the token.
         logits: float32[vocabulary].
-        alternatives: how many; None for no log probability at all.
+        alternatives: number of likeliest tokens; None for no log probability at all.
     """
     if alternatives is None:
         return Token(chosen, None)
@@ -27,7 +27,7 @@ def token_of(chosen: int, logits: NDArray[np.float32], alternatives: int | None)
 
 
 def _likeliest(logprobs: NDArray[np.float64], count: int) -> list[int]:
-    """That many ids, the likeliest first; of equals, the smaller first."""
+    """Return the `count` likeliest ids, likeliest first; of equals, the smaller first."""
     if count == 0:
         return []
     least = np.partition(logprobs, -count)[-count] if count < len(logprobs) else -np.inf

@@ -1,4 +1,4 @@
-"""What is asked of a batcher, and what it delivers."""
+"""The requests that a batcher takes, and the tokens and ends that it delivers."""
 
 import enum
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ from thanos_deploy.errors import UsageError
 
 
 class Constraint(Protocol):
-    """The form that one text has to have; it goes along with the tokens of that text."""
+    """The required form of one text, such as a grammar; its state advances with every token."""
 
     def allowed(self) -> NDArray[np.bool_]:
-        """bool[vocabulary], which tokens may be next, those that end the text included.
+        """Return bool[vocabulary]: the tokens that may be next, those that end the text included.
 
         Raises:
-            UsageError: the form cannot be kept to.
+            UsageError: the constraint cannot be followed any further.
         """
 
     def take(self, token: int) -> None:
-        """This one is next; see `allowed`."""
+        """Advance the state by a token, one that `allowed` permits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,18 @@ class Request:
     """One text to continue.
 
     Attributes:
-        prompt: its ids, at least one.
-        new_tokens: the most tokens to generate, at least 1; fewer where the engine takes no longer
-            sequences.
-        sampling: how to choose.
+        prompt: the ids of the prompt, at least one.
+        new_tokens: largest number of tokens to generate, at least 1; fewer if the engine's longest
+            sequence is reached.
+        sampling: how to choose the tokens.
         stop: ids that end the text; they are not delivered.
-        deadline: of `time.monotonic()`; from the next step after it the request is given up.
-        alternatives: how many of the likeliest tokens are reported beside each; None to compute no
-            log probabilities.
-        bias: added to the logits of these ids.
-        min_tokens: before so many tokens, none of `stop` is chosen.
-        constraint: the form of the text; None for any.
+        deadline: time of `time.monotonic()` after which the request ends at the next step; None for
+            no deadline.
+        alternatives: number of likeliest tokens that are reported beside each token; None to
+            compute no log probabilities.
+        bias: maps ids to values that are added to their logits.
+        min_tokens: no id of `stop` is chosen before the text has this many tokens.
+        constraint: the required form of the text; None for any text.
 
     Raises:
         UsageError: a value is out of its range.
@@ -100,14 +101,15 @@ class End:
     """The end of a request.
 
     Attributes:
-        reason: why.
-        error: what the engine said, with FAILED, or what is wrong with the form, with REFUSED.
+        reason: why the text ended.
+        error: the engine's error with FAILED, or the constraint's error with REFUSED; None with any
+            other reason.
     """
 
     reason: Finish
     error: str | None = None
 
 
-# Called on the batcher's thread, so it must not block. The last call of a request, and only that
-# one, brings an End. A request whose callback raises is cancelled.
+# The callback of a request, called on the batcher's thread, so it must not block. The last call for
+# a request, and only that one, passes an End. A request whose callback raises is cancelled.
 Deliver = Callable[[Token | End], None]

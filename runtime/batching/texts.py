@@ -1,4 +1,4 @@
-"""The text that is being written for a request, token by token."""
+"""A request that the batcher has taken, and the state of its text."""
 
 import itertools
 import logging
@@ -17,30 +17,30 @@ _log = logging.getLogger(__name__)
 
 
 class Ticket:
-    """A request that was taken."""
+    """A handle to a request that was taken, with which it can be cancelled."""
 
     def __init__(self) -> None:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Give the request up before its next step; without effect when it has ended."""
+        """Cancel the request before its next step; no effect when it has ended."""
         self.cancelled = True
 
 
 class Text:
-    """A request on its way."""
+    """A request that was taken, and the text generated for it so far."""
 
     def __init__(self, request: Request, deliver: Deliver, most: int, owner: Hashable) -> None:
-        """Begin.
+        """Start without a token.
 
         Args:
-            request: what is asked for.
-            deliver: who is told.
-            most: the tokens that fit in the engine after the prompt.
-            owner: see `Batcher.submit`; None for nobody else.
+            request: the prompt to continue, and how.
+            deliver: called with every token, and then with the end.
+            most: largest number of tokens after the prompt that the engine has room for.
+            owner: see `Batcher.submit`; None for a request by itself.
         """
         self.request = request
-        self.number = next(_NUMBERS)  # in the order in which they came
+        self.number = next(_NUMBERS)  # in the order of arrival
         self.owner: Hashable = self if owner is None else owner
         self.ticket = Ticket()
         self.last = 0
@@ -51,12 +51,12 @@ class Text:
         self._sampler = Sampler(request.sampling, request.prompt, bias=request.bias)
 
     def extend(self, logits: NDArray[np.float32]) -> bool:
-        """Choose a token and deliver it; False if the text ends before it.
+        """Choose the next token and deliver it; return False if the text ends instead.
 
         Args:
             logits: float32[vocabulary].
         """
-        if not np.isfinite(logits.max()):  # which is NaN if one of them is
+        if not np.isfinite(logits.max()):  # the maximum is NaN if any logit is
             self.end = End(Finish.FAILED, "the model's logits are not finite")
             return False
         self.last = self._sampler.choose(logits, self._allowed(len(logits)))
@@ -73,18 +73,18 @@ class Text:
         return True
 
     def _allowed(self, vocabulary: int) -> NDArray[np.bool_] | None:
-        """bool[vocabulary], what may come next; None if everything may."""
+        """Return bool[vocabulary], the tokens that may come next; None if all of them may."""
         constraint = self.request.constraint
         allowed = None if constraint is None else constraint.allowed()
         if self._generated >= self.request.min_tokens or not self.request.stop:
             return allowed
         longer = np.ones(vocabulary, bool) if allowed is None else allowed.copy()
         longer[list(self.request.stop)] = False
-        # Where the form of the answer allows nothing but its end, it ends.
+        # If the constraint allows nothing but the end, the text ends before `min_tokens`.
         return longer if longer.any() else allowed
 
     def give_up(self, now: float, *, closed: bool) -> None:
-        """End if nobody waits for more, unless it has ended."""
+        """End the text if it was cancelled, is past its deadline, or the batcher has closed."""
         if self.end:
             return
         if self.ticket.cancelled:

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or on an NVIDIA GPU, there with its own kernels or with TensorRT's."""
+"""ONNX Runtime, on the CPU, or on an NVIDIA GPU with its CUDA or its TensorRT provider."""
 
 import contextlib
 import io
@@ -36,15 +36,15 @@ _PROVIDER_FIX = (
     "that onnxruntime-gpu is linked against"
 )
 
-# Of the one profile that the TensorRT provider builds for prefill and decode together.
+# Sizes of the one profile that the TensorRT provider builds for prefill and decode together.
 _USUAL_PROMPT, _MOST_PROMPT, _MOST_SEQUENCES = 128, 1024, 8
 
 
 class OnnxRuntimeEngine:
-    """A graph and the kv cache of the sequences that it is working on.
+    """An engine on a neutral graph, with the KV cache of its current sequences.
 
     Attributes:
-        max_sequence: the most tokens, prompt and answer together.
+        max_sequence: largest number of tokens of a sequence, prompt and answer together.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -73,17 +73,17 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeInPlaceEngine:
-    """A graph that writes the kv cache in place, and that cache.
+    """An engine on a graph that writes the KV cache in place, with the cache.
 
     Attributes:
-        max_sequence: the most tokens, prompt and answer together.
+        max_sequence: largest number of tokens of a sequence, prompt and answer together.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.max_sequence = graph.max_sequence
         self._graph = graph
         self._rows = InPlaceRows(graph, 0)
-        self._columns = 0  # of the longest sequence
+        self._columns = 0  # tokens of the longest sequence
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
         """See `Engine.prefill`."""
@@ -106,7 +106,7 @@ class OnnxRuntimeInPlaceEngine:
 
 
 def folder(bundle: Bundle) -> str:
-    """The part of a bundle with the graph."""
+    """Return the name of the folder in a bundle that holds the graph."""
     return ONNX
 
 
@@ -127,16 +127,16 @@ def open_slots(
     prefix_bytes: int = 0,
     weights: Weights = "map",
 ) -> OnnxRuntimeSlots:
-    """Load `onnx/model.onnx` of a bundle for several sequences that come and go.
+    """Load `onnx/model.onnx` of a bundle for continuous batching.
 
     Args:
         bundle: its folder.
-        slots: the most sequences at a time, at least 1.
+        slots: largest number of sequences at a time, at least 1.
         provider, threads: see `open_graph`.
         prefix_bytes, weights: see `runtime.engine.open_slots`.
 
     Raises:
-        InputError: see `open_graph`; or the graph's rows would not get what they get alone, see
+        InputError: see `open_graph`; or the logits of a row would depend on the other rows, see
             `thanos_deploy.model.rope`.
         PlatformError, UsageError: see `open_graph`.
     """
@@ -158,13 +158,14 @@ def open_graph(
     Args:
         bundle: its folder.
         provider: a key of `PROVIDERS`.
-        threads: how many work on one operator; None for one on each physical core.
+        threads: number of threads for one operator; None for one on each physical core.
         weights: see `runtime.engine.open_slots`.
 
     Raises:
-        PlatformError: onnxruntime is not installed, or it gave another provider than asked for.
-        InputError: there is no such model, ONNX Runtime cannot load it, or its inputs are not
-            those of `exporters.onnx`.
+        PlatformError: onnxruntime is not installed, there is no GPU for the provider, or ONNX
+            Runtime chose another provider.
+        InputError: the bundle has no such model, ONNX Runtime cannot load it, or its inputs and
+            outputs are not those of a graph of `exporters.onnx`.
         UsageError: there is no such provider, or the graph is for another one.
     """
     if provider not in PROVIDERS:
@@ -195,7 +196,7 @@ def open_graph(
                 "--overwrite` first",
             )
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; warnings here are about the optimiser's own doings
+    options.log_severity_level = 3  # errors; warnings are about ONNX Runtime's own optimisations
     if threads is not None:
         options.intra_op_num_threads = threads
     if weights == "memory":
@@ -208,7 +209,7 @@ def open_graph(
         unloaded = _load_cuda(ort)
     wanted: list[Any] = [PROVIDERS[provider]]
     if provider == "tensorrt":
-        # What TensorRT does not take runs on CUDA.
+        # Operators that TensorRT does not support run on CUDA.
         wanted = [(wanted[0], tensorrt_options(Bundle.open(bundle))), PROVIDERS["cuda"]]
     try:
         session = ort.InferenceSession(path, options, providers=wanted, enable_fallback=0)
@@ -224,7 +225,7 @@ def open_graph(
             f"{path}: ONNX Runtime cannot load it ({error})",
             fix="export the model again; the file may be damaged",
         ) from error
-    # Where a provider's libraries are missing, ONNX Runtime takes another one without an exception.
+    # If a provider's libraries are missing, ONNX Runtime takes another one without an exception.
     provided = session.get_providers()[0]
     if provided != PROVIDERS[provider]:
         raise PlatformError(
@@ -244,12 +245,12 @@ def open_graph(
 def _load_cuda(ort: Any) -> str:
     """Load the libraries that ONNX Runtime's CUDA provider is linked against.
 
-    They are in pip's packages `nvidia-*`, where no loader looks for them. ONNX Runtime knows the
-    names; it looks beside itself, and where it is told to. What it does not find it prints and
-    says nothing else of.
+    They are in the pip packages `nvidia-*`, where the dynamic loader does not look. `preload_dlls`
+    knows their names, and looks in a given folder or beside ONNX Runtime. It only prints which
+    libraries it does not find.
 
     Returns:
-        what is missing, after a colon; empty if nothing is.
+        the libraries that are missing, after a colon; empty if none is.
     """
     said = io.StringIO()
     nvidia = find_spec("nvidia")
@@ -257,20 +258,20 @@ def _load_cuda(ort: Any) -> str:
     with contextlib.redirect_stdout(said):
         for folder in (folder for place in places for folder in sorted(Path(place).glob("*/lib"))):
             ort.preload_dlls(directory=str(folder))
-        said.truncate(0)  # whatever is in another folder was missing in this one
+        said.truncate(0)  # each folder lacks the libraries of the other folders
         said.seek(0)
         ort.preload_dlls()
     return f": {'; '.join(said.getvalue().splitlines())}" if said.getvalue() else ""
 
 
 def tensorrt_options(bundle: Bundle) -> dict[str, str]:
-    """How ONNX Runtime's TensorRT provider is to build and keep the engines of a bundle's graph.
+    """Return the options for ONNX Runtime's TensorRT provider to build and cache engines.
 
-    The engine and the timings are kept in the user's cache, by the hash of the graph, so that a
-    second start loads what the first one built.
+    The engines and timings are kept in the user's cache folder, under the hash of the graph, so
+    that a second start loads the engine that the first one built.
 
     Args:
-        bundle: with the stage onnx finished.
+        bundle: a bundle whose stage onnx is finished.
     """
     record = read_graph_record(bundle.path / ONNX / GRAPH_RECORD)
     name = bundle.stages[ONNX].files[f"{ONNX}/{GRAPH}"].sha256[:16]
@@ -286,9 +287,9 @@ def tensorrt_options(bundle: Bundle) -> dict[str, str]:
 
 
 def tensorrt_build_options(record: GraphRecord) -> dict[str, str]:
-    """What the engines of a graph are to be like, on any machine.
+    """Return the TensorRT provider's build options for a graph, the same on every machine.
 
-    Sparse kernels are allowed where a weight of the written graph is known to hold 2:4.
+    Sparse kernels are allowed if any weight of the graph is known to have the 2:4 pattern.
 
     Args:
         record: the graph's export.json.
@@ -316,7 +317,7 @@ def tensorrt_build_options(record: GraphRecord) -> dict[str, str]:
 
 
 def _shapes(blocks: Sequence[CacheBlock], batch: int, sequence: int, past: int) -> str:
-    """The shapes of all inputs, as the provider reads them: `name:1x2,name:3x4`."""
+    """Return the shapes of all inputs as the provider reads them: `name:1x2,name:3x4`."""
     shapes: dict[str, tuple[int, ...]] = {
         "input_ids": (batch, sequence),
         "attention_mask": (batch, past + sequence),

@@ -31,12 +31,12 @@ _PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters.tensorrt.pro
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine takes.
+    """The largest sizes that an engine was built for.
 
     Attributes:
-        batch: the most sequences at once.
-        prompt: the most tokens of a prompt.
-        sequence: the most tokens of a sequence, prompt and answer together.
+        batch: largest number of sequences at once.
+        prompt: largest number of tokens of a prompt.
+        sequence: largest number of tokens of a sequence, prompt and answer together.
     """
 
     batch: int
@@ -45,15 +45,15 @@ class Limits:
 
     @classmethod
     def of(cls, build: BuildRecord) -> "Limits":
-        """Those that it was built with."""
+        """Return the limits in the build record of an engine."""
         prefill = build.profiles[_PREFILL]
         return cls(prefill.batch.most, prefill.sequence.most, build.max_sequence)
 
     def check(self, batch: int, prompt: int) -> None:
-        """Refuse what the engine does not take.
+        """Refuse a batch of prompts that is too large for the engine.
 
         Raises:
-            UsageError: too many sequences or tokens.
+            UsageError: there are too many sequences or tokens.
         """
         if batch > self.batch or prompt > self.prompt:
             raise UsageError(
@@ -67,7 +67,7 @@ class Limits:
         """Refuse sequences that are too long.
 
         Raises:
-            UsageError: they are.
+            UsageError: there are more tokens than `sequence`.
         """
         require_room(
             tokens,
@@ -78,16 +78,16 @@ class Limits:
 
 
 class _Device:
-    """Memory and a stream on the GPU; buffers by name, each as large as it ever had to be."""
+    """A CUDA stream, and named buffers on the GPU, which grow and never shrink."""
 
     def __init__(self, cudart: Any) -> None:
         self._cudart = cudart
         self.stream = self.call(cudart.cudaStreamCreate())
-        self.stream_address = int(self.stream)  # which is what TensorRT takes
+        self.stream_address = int(self.stream)  # TensorRT takes the address
         self._buffers: dict[str, tuple[int, int]] = {}
 
     def call(self, result: tuple[Any, ...]) -> Any:
-        """The value of a call of the CUDA runtime, which returns an error code before it."""
+        """Check the error code in the result of a CUDA runtime call, and return its value."""
         code, *values = result
         if code != self._cudart.cudaError_t.cudaSuccess:
             raise PlatformError(
@@ -99,7 +99,7 @@ class _Device:
         return values[0] if values else None
 
     def buffer(self, name: str, needed: int) -> int:
-        """The address of a buffer of at least that many bytes (and never of none)."""
+        """Return the address of a named buffer of at least `needed` bytes, and never of none."""
         address, size = self._buffers.get(name, (0, 0))
         if size < max(needed, 1):
             if address:
@@ -110,7 +110,7 @@ class _Device:
         return address
 
     def upload(self, name: str, array: NDArray[np.generic]) -> int:
-        """Copy an array into the buffer of that name."""
+        """Start to copy an array into a named buffer, and return the address of the buffer."""
         address = self.buffer(name, array.nbytes)
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call(
@@ -121,7 +121,7 @@ class _Device:
         return address
 
     def download(self, address: int, array: NDArray[np.generic]) -> None:
-        """Fill an array from an address."""
+        """Start to copy from a GPU address into an array; `wait` for the end."""
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call(
             self._cudart.cudaMemcpyAsync(
@@ -130,11 +130,11 @@ class _Device:
         )
 
     def wait(self) -> None:
-        """Until everything on the stream is done."""
+        """Wait until all work on the stream is done."""
         self.call(self._cudart.cudaStreamSynchronize(self.stream))
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free the buffers and the stream."""
         for address, _ in self._buffers.values():
             self._cudart.cudaFree(address)
         self._buffers.clear()
@@ -142,29 +142,30 @@ class _Device:
 
 
 class TensorRTEngine:
-    """An engine, and the kv cache of the sequences that it is working on.
+    """An engine of TensorRT, with the KV cache of its current sequences.
 
-    The cache stays on the GPU in two halves: a step reads one and writes the other, one token
-    longer, and they swap.
+    The cache stays on the GPU in two sets of buffers, which take turns: a step reads the past from
+    one set and writes the longer cache into the other.
 
     Attributes:
-        max_sequence: the most tokens, prompt and answer together.
+        max_sequence: largest number of tokens of a sequence, prompt and answer together.
     """
 
     def __init__(
         self, trt: Any, cudart: Any, engine: Any, limits: Limits, *, change: Change | None = None
     ) -> None:
-        """Wrap a loaded engine of a graph as `exporters.onnx` describes it.
+        """Wrap a loaded engine that was built from a graph of `exporters.onnx`.
 
         Args:
             trt: the module `tensorrt` or `tensorrt_rtx`.
             cudart: the module `cuda.bindings.runtime`.
             engine: a `trt.ICudaEngine`.
-            limits: what it takes.
-            change: where rows begin to depend on the longest one; None if nowhere.
+            limits: the largest sizes that it was built for.
+            change: the length beyond which a row depends on the longest row of the batch; None if
+                there is none.
 
         Raises:
-            InputError: the cache or the logits are of a type that is not known.
+            InputError: the cache or the logits have a type that is not supported.
         """
         self._limits = limits
         self._change = change
@@ -184,7 +185,7 @@ class TensorRTEngine:
             for name in (*self._past, "logits")
         }
         _, given, self._vocabulary = engine.get_tensor_shape("logits")
-        self._only_last = given == 1  # else after every token
+        self._only_last = given == 1  # otherwise the logits after every token
         self._mask = np.ones((0, 0), dtype=np.int64)
         self._turn = 0
 
@@ -205,7 +206,7 @@ class TensorRTEngine:
         return self._step(ids[:, None], past=self._mask.shape[1] - 1)
 
     def close(self) -> None:
-        """Give the GPU's memory back."""
+        """Free the GPU's memory."""
         self._device.close()
 
     def _use(self, profile: int) -> None:
@@ -225,7 +226,7 @@ class TensorRTEngine:
             context.set_tensor_address(name, device.upload(name, array))
         for source, result in zip(self._past, self._present, strict=True):
             _, heads, _, dim = self._sizes[source]
-            # Both halves at their full size, so that growing them never moves what is cached.
+            # Full size from the beginning: growing a buffer would lose the cache in it.
             room = batch * heads * self.max_sequence * dim * self._types[source].bytes
             context.set_input_shape(source, (batch, heads, past, dim))
             context.set_tensor_address(source, device.buffer(f"{source}.{self._turn}", room))
@@ -254,7 +255,7 @@ class TensorRTEngine:
 
 
 def folder(bundle: Bundle) -> str:
-    """The part of a bundle with an engine for the GPU of this machine.
+    """Return the name of the folder in a bundle with an engine for the GPU of this machine.
 
     Raises:
         PlatformError: there is no GPU.
@@ -266,7 +267,7 @@ def folder(bundle: Bundle) -> str:
         for name, record in bundle.stages.items()
         if record.result.get("target") in _PACKAGES
     }
-    # Rather an engine whose kernels were timed on this kind of GPU than one built ahead of time.
+    # Prefer an engine whose kernels were timed on this kind of GPU to one built ahead of time.
     for name in sorted(built, key=lambda name: built[name].target != "tensorrt"):
         if runs_on(built[name], device):
             return engine_folder(name)
@@ -278,7 +279,7 @@ def folder(bundle: Bundle) -> str:
 
 
 def runs_on(build: Built, device: Gpu) -> bool:
-    """A GPU is of a kind that an engine was built for, by its compute capability."""
+    """Whether an engine was built for the compute capability of a GPU."""
     if build.compatibility == "ampere+":
         return device.capability >= (8, 0)
     return device.arch in build.arch
@@ -292,7 +293,7 @@ def open_engine(
     Args:
         bundle: its folder.
         provider: "cuda".
-        threads: of no consequence: everything runs on the GPU.
+        threads: ignored, because everything runs on the GPU.
 
     Raises:
         PlatformError: there is no GPU, or a package is missing or of another version.
@@ -307,12 +308,12 @@ def open_engine(
 def open_folder(folder: Path, *, change: Change | None = None) -> TensorRTEngine:
     """Load the engine in a folder that `exporters.tensorrt` wrote.
 
-    Whether it fits the GPU and the library is decided from build.json: loading an engine that does
-    not can bring the process down (triton-inference-server/server issue 4956).
+    Whether the engine fits the GPU and the library is decided from build.json, because loading an
+    engine that does not fit can crash the process (triton-inference-server/server issue 4956).
 
     Args:
-        folder: of the engine.
-        change: as for `TensorRTEngine`.
+        folder: the folder of the engine.
+        change: see `TensorRTEngine`.
 
     Raises:
         PlatformError: there is no GPU, or a package is missing or of another version.

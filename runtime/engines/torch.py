@@ -1,4 +1,4 @@
-"""PyTorch and transformers, on the checkpoint of a bundle: what an export has to beat.
+"""PyTorch and transformers, on the checkpoint of a bundle: the baseline for the exports.
 
 Variants, given as `backend="torch:VARIANT"`:
 
@@ -6,22 +6,22 @@ Variants, given as `backend="torch:VARIANT"`:
     compiled          the same through torch.compile, with dynamic shapes
     cutlass           2:4 weights as torch's semi-structured tensors, multiplied by CUTLASS
     cusparselt        2:4 weights multiplied by cuSPARSELt, with the algorithm it finds fastest
-    cusparselt-first  the same with its first algorithm, as torch takes it, to compare with
+    cusparselt-first  the same with its first algorithm, as torch uses it, for comparison
     triton            2:4 weights through this project's Triton kernels
     mma-sp            2:4 weights through this project's kernel in CUDA C++
-    sparse            2:4 weights through whichever of these, or the dense product, was measured to
-                      be the fastest for the layer and the tokens; see `runtime.kernels.choice`
+    sparse            2:4 weights through the kernel (one of these, or the dense product) measured
+                      as fastest for the layer and the number of tokens; see
+                      `runtime.kernels.choice`
     blockwise         2:4 weights on a CPU, unpacked some rows at a time: less memory, more work
 
-All but the first two change the linear layers of the blocks. Those need an NVIDIA GPU, apart from
-`blockwise`, which needs a CPU. All 2:4 products are one operator of PyTorch, which the plugin for
-vLLM calls too; see `runtime.kernels.operator`. On the CPU
-weights are float32; on a GPU bfloat16, if the checkpoint's are, or else float16.
+All variants but the first two replace the linear layers of the blocks. These variants need an
+NVIDIA GPU, except `blockwise`, which needs a CPU. All 2:4 products are one operator of PyTorch,
+which the plugin for vLLM calls too; see `runtime.kernels.operator`. On a CPU the weights are
+float32; on a GPU they are bfloat16 if those of the checkpoint are, and float16 otherwise.
 
-On a GPU all but `compiled` run on a static kv cache, and their steps are replayed from CUDA graphs;
-see `runtime.static`. On a CPU there is nothing to gain from that, because the host computes itself,
-and a static cache would make it multiply with empty places; so the cache grows there, unless a
-`Room` is asked for.
+On a GPU all variants but `compiled` use a static KV cache, and their steps are replayed from CUDA
+graphs; see `runtime.static`. A CPU has no kernel launches to save, and would have to multiply with
+the empty places of a static cache, so the cache grows there, unless the caller asks for a `Room`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,16 +51,16 @@ VARIANTS = (
 )
 PROVIDERS = ("cpu", "cuda")
 
-# What a GPU makes place for if nobody says how much there will be; it grows when needed.
+# Default size of the static KV cache on a GPU; it grows when needed.
 _ROOM = Room(batch=1, tokens=1024)
 
 
 class Steps(Protocol):
-    """A model and the kv cache of the sequences that it is working on."""
+    """The forward passes of a model, with the KV cache of its current sequences."""
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence, padding included."""
+        """Number of tokens of each sequence, padding included."""
 
     def prefill(self, ids: Ids, mask: Ids | None) -> Any:
         """See `Engine.prefill`; a tensor float32[batch, vocabulary] on the model's device."""
@@ -70,16 +70,16 @@ class Steps(Protocol):
 
 
 class TorchEngine:
-    """An engine on a model of transformers, which is made by `engine_of`.
+    """An engine on a model of transformers; `engine_of` makes it.
 
     Attributes:
-        max_sequence: the most tokens, prompt and answer together.
+        max_sequence: largest number of tokens of a sequence, prompt and answer together.
     """
 
     def __init__(
         self, steps: Steps, *, vocabulary: int, max_sequence: int, change: Change | None = None
     ) -> None:
-        """Put the checks and the host's side around steps."""
+        """Wrap steps with the checks of an engine, and with the copy of the logits to the host."""
         self._change = change
         self._lengths = np.zeros(0, np.int64)
         self._steps = steps
@@ -115,14 +115,14 @@ class TorchEngine:
 
 
 class _GrowingSteps:
-    """Steps on transformers' own cache, which grows by a token a step."""
+    """Steps on transformers' own cache, which grows by one token per step."""
 
     def __init__(self, model: Any, *, compiled: bool) -> None:
         import torch
 
         self._torch = torch
         self._device = model.device
-        # A full graph or an error: PyTorch would go on uncompiled where it gives up.
+        # fullgraph: without it, PyTorch runs uncompiled what it cannot compile, with no error.
         self._model = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
         self._cache: Any = None
         self._mask: Any = None
@@ -138,7 +138,7 @@ class _GrowingSteps:
 
         tokens = self._place(ids)
         self._mask = self._torch.ones_like(tokens) if mask is None else self._place(mask)
-        # Without the configuration no block's cache is cut to its window.
+        # Made without the model's configuration, so that no block's cache is cut to its window.
         self._cache = DynamicCache()
         return self._step(tokens)
 
@@ -166,7 +166,7 @@ class _GrowingSteps:
 
 
 def _to_host(logits: Any) -> Logits:
-    """A copy, by the GPU itself where there is one."""
+    """Copy logits to the host, through pinned memory if they are on a GPU."""
     import torch
 
     host = torch.empty(logits.shape, dtype=torch.float32, pin_memory=logits.is_cuda)
@@ -178,7 +178,7 @@ def _to_host(logits: Any) -> Logits:
 
 
 def folder(bundle: Bundle) -> str:
-    """The part of a bundle with the checkpoint."""
+    """Return the name of the folder in a bundle that holds the checkpoint."""
     return "model"
 
 
@@ -210,20 +210,21 @@ def open_model(
     room: Room | None = None,
     keep: Path | None = None,
 ) -> TorchEngine:
-    """Load a model folder, such as a dense model to compare with.
+    """Load a model folder, such as that of a dense model for comparison.
 
     Args:
         folder: a Hugging Face folder.
         provider: one of `PROVIDERS`.
         variant: one of `VARIANTS`.
-        threads: how many work on one operator, in this whole process; None for PyTorch's choice.
+        threads: number of CPU threads for one operator, set for the whole process; None for
+            PyTorch's choice.
         room: see `engine_of`.
         keep: see `engine_of`.
 
     Raises:
-        PlatformError: a package or the GPU that the variant needs is not there.
-        InputError: the checkpoint does not load, or a linear layer is not what a variant for 2:4
-            takes; the message names it.
+        PlatformError: a package or the GPU that the variant needs is missing.
+        InputError: the checkpoint does not load, or a linear layer is not one that a 2:4 variant
+            supports; the message names the layer.
         ResourceError: the GPU has too little memory.
         UsageError: there is no such provider.
     """
@@ -259,22 +260,22 @@ def engine_of(
     room: Room | None = None,
     keep: Path | None = None,
 ) -> TorchEngine:
-    """Wrap a causal model of transformers that is in memory, on whatever device.
+    """Make an engine of a causal language model of transformers, on the device where it is.
 
     Args:
-        model: ready for inference; a variant for 2:4 changes it.
-        linears: full names of the layers that such a variant exchanges.
+        model: the model, ready for inference; a 2:4 variant replaces some of its layers.
+        linears: full names of the linear layers that a 2:4 variant replaces.
         variant: one of `VARIANTS`.
-        room: what to make a static kv cache for, which grows when more is needed; None for some on
-            a GPU and for no static cache elsewhere.
-        keep: the folder below which variant `sparse` keeps what it measured; None for the cache
+        room: size of a static KV cache, which grows when more is needed; None for a default size on
+            a GPU, and for a growing cache elsewhere.
+        keep: the folder below which variant `sparse` keeps its measurements; None for the cache
             folder of thanos-deploy.
 
     Raises:
         PlatformError: the model's device is not what the variant needs.
-        InputError: a layer is not what a variant for 2:4 takes; the message names it.
+        InputError: a layer is not one that a 2:4 variant supports; the message names it.
         ResourceError: the GPU has too little memory.
-        UsageError: the room is longer than the model's sequences.
+        UsageError: the room has more tokens than the model's longest sequence.
     """
     torch = _require_torch()
     provider, most_tokens = model.device.type, model.config.max_position_embeddings
@@ -302,7 +303,7 @@ def engine_of(
 
 
 def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None) -> None:
-    """Give a model the linear layers of a variant."""
+    """Replace the linear layers of a model with those of a variant."""
     if variant in ("eager", "compiled"):
         return
     import torch
@@ -325,10 +326,10 @@ def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None)
 
 
 def _require_torch() -> Any:
-    """The module, if it and transformers are installed."""
+    """Return the module torch, if it and transformers are installed."""
     try:
         import torch
-        import transformers  # noqa: F401 - asked for here, so that the message is the same
+        import transformers  # noqa: F401 - imported here for the error message below
     except ImportError as error:
         raise PlatformError(
             f"the package {error.name} is not installed", fix="pip install torch transformers"

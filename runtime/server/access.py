@@ -1,9 +1,10 @@
-"""Who may ask, and how: keys, names of the host, pages of other origins, and kinds of bodies.
+"""Access control: API keys, host names, origins of web pages, and content types of bodies.
 
-A page in a browser can send requests to a server on the same machine, under the browser's own rules
-or under a name of the page's that is made to resolve to 127.0.0.1. On a loopback address requests
-are therefore answered only under the names of that address, a body has to be of a kind that no
-plain form sends, and other origins may read answers only where the operator says so.
+A web page in a browser can send requests to a server on the same machine, either across origins, as
+far as the browser allows it, or through a domain that its owner makes resolve to 127.0.0.1 (DNS
+rebinding). So a server on a loopback address answers only requests whose Host header names that
+address; a body must have a content type that no HTML form sends; and pages of other origins may
+read responses only where the operator allows it.
 """
 
 import hashlib
@@ -25,49 +26,49 @@ from thanos_deploy.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
-# What load balancers and kubelets ask, who have no key.
+# Health checks: load balancers and kubelets, which ask for them, have no key.
 _OPEN = frozenset({"/health", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 
-# Below that, a key can be guessed over a network within days.
+# Shortest key, in characters; a shorter one can be guessed over a network within days.
 _LEAST_KEY = 16
 
-# A name, or a number of IPv6 in brackets, and a port (RFC 9110, section 7.2).
+# A Host header: a name, or an IPv6 address in brackets, and a port (RFC 9110, section 7.2).
 _HOST = re.compile(r"(\[(?P<number>[^][]*)\]|(?P<name>[^][:]+))(:[0-9]*)?")
 
 _KINDS = frozenset({"application/json", "application/octet-stream"})
 
 
 class Keys:
-    """The keys of clients, which can be read again while requests are answered."""
+    """The API keys of clients, which can be replaced while requests are answered."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
-        """Take some keys; none, to let everybody in."""
+        """Accept these keys; without any, everybody has access."""
         self._digests = [_digest(key) for key in keys]
 
     def replace(self, keys: Sequence[str]) -> None:
-        """From now on only these."""
+        """Accept only these keys from now on."""
         self._digests = [_digest(key) for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def number(self, key: str) -> int | None:
-        """The place of a key among them, from 1 on; None if it is none of them."""
+        """Return the position of a key in the list, from 1 on; None if it is not there."""
         given = _digest(key)
-        # All are compared, in constant time each: how long it takes tells nothing about any.
+        # All keys are compared, each in constant time, so that the time reveals nothing about them.
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
         return found.index(True) + 1 if any(found) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask.
+    """Who may send requests, and how.
 
     Attributes:
-        keys: one of which every request has to give; without any, everybody may ask.
-        hosts: names, beside those of a loopback address, under which requests come; None where it
-            does not matter, because the address is no loopback one.
-        origins: of pages whose scripts may read answers; `*` for all.
+        keys: every request must have one of them; without any, everybody has access.
+        hosts: names that a Host header may have beside those of the loopback address; None if any
+            name will do, because the server's address is not a loopback one.
+        origins: origins of web pages whose scripts may read responses; `*` for all.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -79,7 +80,7 @@ EVERYBODY = Access()
 
 
 class Locked:
-    """Refuses requests without one of the keys; without keys, it refuses none."""
+    """Middleware that refuses requests without a valid key, if there are keys."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
@@ -108,7 +109,7 @@ class Locked:
 
 
 class Addressed:
-    """Answers only under names that belong to this server, and only bodies that no form sends."""
+    """Middleware that refuses foreign host names, and content types that an HTML form can send."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str] | None) -> None:
         self._app = app
@@ -123,7 +124,7 @@ class Addressed:
     def _refusal(self, scope: Scope) -> RefusedError | None:
         headers = Headers(scope=scope)
         host = _host(headers.get("host", ""))
-        # Without any, as from clients of HTTP/1.0, no page of another name asks.
+        # A request without Host, as from an HTTP/1.0 client, cannot come from a web page.
         if self._hosts is not None and host and not (host in self._hosts or is_loopback(host)):
             return RefusedError(
                 421,
@@ -132,7 +133,8 @@ class Addressed:
                 code="unknown_host",
             )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        # Triton's client names none for JSON. Neither may a script, but its browser names the page.
+        # Triton's client sends JSON without a content type. A script of a web page can do the same,
+        # but then its browser sends one of the two headers of `page`.
         page = "origin" in headers or "sec-fetch-site" in headers
         named = kind in _KINDS or not (kind or page or not scope["path"].startswith("/v2/"))
         if scope["method"] == "POST" and not named:
@@ -143,7 +145,7 @@ class Addressed:
 
 
 def is_loopback(host: str) -> bool:
-    """A name or number of this machine that no other machine can reach."""
+    """Whether a host name or IP address is a loopback one, which no other machine can reach."""
     if host.lower() in ("localhost", "localhost."):
         return True
     try:
@@ -153,11 +155,11 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(path: Path) -> list[str]:
-    """The keys in a file, one a line; empty lines do not count.
+    """Read the keys in a file, one per line; empty lines are skipped.
 
     Raises:
-        UsageError: it cannot be read, or has no key, or one that no header can carry or that is
-            too short.
+        UsageError: the file cannot be read or has no key, or a key is too short or has characters
+            that a header cannot carry.
     """
     try:
         keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -184,11 +186,11 @@ def read_keys(path: Path) -> list[str]:
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without the port and the brackets of an IPv6 number."""
+    """Return the host in a Host header, without the port and the brackets of an IPv6 address."""
     found = _HOST.fullmatch(header)
     return (found["number"] or found["name"] if found else header).lower()
 
 
 def _digest(key: str) -> bytes:
-    """Of equal length for all keys, so that comparing them does not tell theirs."""
+    """Return a digest, equally long for all keys, so that comparing hides the length of a key."""
     return hashlib.sha256(key.encode("latin-1")).digest()

@@ -1,4 +1,4 @@
-"""From the batcher's thread to the event loop: the tokens of a request's answers become text."""
+"""Bring the tokens of answers from the batcher's thread to the event loop, and decode them."""
 
 import asyncio
 import time
@@ -20,9 +20,9 @@ class Piece:
     """The next piece of one answer.
 
     Attributes:
-        index: of the answer.
-        text: what is new; it may be empty in the last piece.
-        tokens: those that came since the last piece.
+        index: index of the answer.
+        text: the new text; it may be empty in the last piece.
+        tokens: the tokens since the last piece.
         finish: why the answer ends with this piece; None if it does not.
     """
 
@@ -33,13 +33,13 @@ class Piece:
 
 
 class Answers:
-    """The answers to one HTTP request: piece by piece, in the order in which they are made.
+    """The answers to one HTTP request, piece by piece, in the order in which the pieces are made.
 
-    Leaving the context gives up what is not finished, and frees its slots.
+    On exit from its context, unfinished answers are cancelled, which frees their slots.
 
     Attributes:
-        prompt_tokens: of all prompts, each once.
-        completion_tokens: of all answers so far.
+        prompt_tokens: number of tokens of all prompts, each counted once.
+        completion_tokens: number of tokens of all answers so far.
     """
 
     def __init__(
@@ -54,21 +54,21 @@ class Answers:
         stop: Sequence[str],
         metrics: Metrics,
     ) -> None:
-        """Hand the requests to the batcher, all of them or none.
+        """Submit the requests to the batcher, all of them or none.
 
         Args:
-            batcher: what makes the answers.
-            tokenizer: makes text of them.
-            prompts: of each answer.
-            requests: one for each answer; None for one without a token.
-            echoed: the tokens of each answer's prompt, if they come before it.
-            prompt_tokens: of all prompts, each once.
+            batcher: generates the answers.
+            tokenizer: decodes their tokens.
+            prompts: the ids of each answer's prompt.
+            requests: the request for each answer; None for an answer without tokens.
+            echoed: the tokens of each answer's prompt, if the answer is to begin with the prompt.
+            prompt_tokens: number of tokens of all prompts, each counted once.
             stop: texts that end an answer.
-            metrics: is told when tokens come.
+            metrics: records the times at which tokens come.
 
         Raises:
-            Busy: there is no room for all of them.
-            UsageError: a prompt cannot be read.
+            Busy: the batcher's queue has no room for all requests.
+            UsageError: the engine cannot read a prompt.
         """
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
@@ -91,7 +91,7 @@ class Answers:
             for index, request in enumerate(requests):
 
                 def deliver(news: Token | End, index: int = index) -> None:
-                    with suppress(RuntimeError):  # the loop has ended: nobody is left to tell
+                    with suppress(RuntimeError):  # the event loop has ended, so nobody waits
                         loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
 
                 if request is not None:
@@ -101,7 +101,7 @@ class Answers:
             raise
 
     def give_up(self) -> None:
-        """End what is not finished."""
+        """Cancel all unfinished answers."""
         for ticket in self._tickets.values():
             ticket.cancel()
 
@@ -117,10 +117,11 @@ class Answers:
         self.give_up()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """All answers, until the last one is finished.
+        """Yield the pieces of all answers, until the last answer is finished.
 
         Raises:
-            RefusedError: one cannot be finished: too late, or the engine or the server stopped.
+            RefusedError: an answer cannot be finished: its deadline passed, its form cannot be
+                followed, the engine failed, or the server is shutting down.
         """
         for piece in self._first:
             yield piece
@@ -142,7 +143,7 @@ class Answers:
                 yield piece
 
     async def whole(self) -> list[Piece]:
-        """Every answer as one piece.
+        """Return every answer as one piece.
 
         Raises:
             RefusedError: as `pieces`.
@@ -171,7 +172,7 @@ class Answers:
 
 
 class _Writer:
-    """Writes one answer."""
+    """Turns the tokens of one answer into pieces."""
 
     def __init__(
         self,
@@ -184,11 +185,11 @@ class _Writer:
         self._index = index
         self._decoder = Decoder(tokenizer, prompt)
         self._stop = StopStrings(stop)
-        self._unstoppable = min_tokens  # tokens that no stop string ends the text within
+        self._unstoppable = min_tokens  # tokens left in which stop strings do not count
         self._tokens: list[Token] = []
 
     def write(self, news: Token | End) -> Piece:
-        """What is certain now; without text while something has to be held back.
+        """Return the piece that is certain now; its text is empty while text is held back.
 
         Raises:
             RefusedError: the answer cannot be finished.

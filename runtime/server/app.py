@@ -1,4 +1,4 @@
-"""The application: routes and guards around one service."""
+"""The ASGI application: the routes of one service, and the middleware around them."""
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -11,17 +11,17 @@ from runtime.server.logs import REQUEST_ID
 from runtime.server.service import Service
 from thanos_deploy import __version__
 
-# A megabyte arrives in less even over a slow line.
+# Time for a body to arrive; a megabyte takes less even over a slow line.
 _BODY_SECONDS = 30.0
 
 
 def routes(service: Service) -> FastAPI:
-    """The routes alone, which describe themselves at /openapi.json."""
+    """Return the routes without middleware; /openapi.json describes them."""
     api = FastAPI(
         title="thanos-deploy",
         version=__version__,
         description=f"{service.name}, as OpenAI and the Open Inference Protocol have it.",
-        # Pages about it would load scripts from elsewhere.
+        # FastAPI's pages of documentation load scripts from other servers.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -34,11 +34,11 @@ def routes(service: Service) -> FastAPI:
 
 
 def application(service: Service, access: Access) -> ASGIApp:
-    """The whole application.
+    """Return the routes with all middleware.
 
     Args:
         service: what is served.
-        access: who may ask.
+        access: who may send requests, and how.
     """
     bounded = Bounded(
         Headed(routes(service)),
@@ -46,7 +46,7 @@ def application(service: Service, access: Access) -> ASGIApp:
         seconds=min(service.limits.deadline_seconds, _BODY_SECONDS),
     )
     guarded: ASGIApp = Locked(Addressed(bounded, access.hosts), access.keys)
-    if access.origins:  # outside of the keys: a browser asks without one whether it may ask
+    if access.origins:  # before the keys: a browser's preflight request has no key
         guarded = CORSMiddleware(
             guarded,
             allow_origins=access.origins,

@@ -1,4 +1,4 @@
-"""What a request asks for beside its prompt, whichever route it came by."""
+"""The options of a request for generation, the same for every route."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,20 +8,22 @@ from runtime.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Of every answer.
+    """The options that a request gives for its answers.
 
     Attributes:
-        copies: answers to each prompt, drawn with seeds that count up.
-        new_tokens: the most tokens of an answer; None for the usual.
-        usual_tokens: fewer where there is less room; None for as many as there is room for.
-        min_tokens: before so many tokens, an answer does not end.
-        sampling: how to choose.
-        bias: added to the logits of these ids.
+        copies: number of answers to each prompt, with seeds that count up.
+        new_tokens: largest number of tokens of an answer; None for `usual_tokens`.
+        usual_tokens: largest number of tokens if `new_tokens` is None, fewer if there is less room;
+            None for as many as there is room for.
+        min_tokens: number of tokens before which an answer does not end.
+        sampling: how to choose the tokens.
+        bias: maps ids to values that are added to their logits.
         stop: texts that end an answer.
-        stop_ids: ids that end an answer, beside those of the model.
-        ignore_eos: those of the model end none.
-        alternatives: log probabilities beside each token's; None for none.
-        echo: the prompt comes before its answer.
+        stop_ids: ids that end an answer, beside the model's own.
+        ignore_eos: the model's own ids do not end an answer.
+        alternatives: number of likeliest tokens whose log probabilities are reported beside each
+            token's own; None for no log probabilities.
+        echo: an answer begins with its prompt.
     """
 
     copies: int

@@ -1,8 +1,8 @@
 """The bodies of requests to OpenAI's routes, field by field.
 
-What OpenAI's API reference defines and this server cannot do is accepted only with a value that
-asks for nothing; what it does not define is refused, as OpenAI's own servers do, unless it is null.
-Fields that are not OpenAI's are vLLM's, under the names that they have there.
+A field that OpenAI's API reference defines, but this server does not support, is accepted only with
+a neutral value, which asks for nothing. A field that it does not define is refused, as OpenAI's own
+servers do, unless it is null. Fields that are not OpenAI's are vLLM's, under the same names.
 """
 
 import re
@@ -37,7 +37,7 @@ _INT64 = 1 << 63
 
 T = TypeVar("T")
 
-# One or more. What is wrong with the first of them that is no such thing is enough to know.
+# A list of one or more items; validation stops at the first item that is wrong.
 Many = Annotated[list[T], Field(min_length=1, fail_fast=True)]
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -46,7 +46,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Strict):
-    """What a stream has beside the answer."""
+    """What a stream contains beside the answer."""
 
     neutral: ClassVar[Neutral] = {"continuous_usage_stats": (False,)}
 
@@ -54,8 +54,8 @@ class StreamOptions(Strict):
     include_obfuscation: Ignored = None
 
 
-# Of OpenAI's and vLLM's, and not done here: refused in these words, unless the value asks for
-# nothing.
+# Fields of OpenAI and vLLM that this server does not support. The error says so, unless the value
+# is neutral.
 UNSUPPORTED = frozenset(
     {
         *("allowed_token_ids", "audio", "bad_words", "best_of", "chat_template", "documents"),
@@ -69,7 +69,7 @@ UNSUPPORTED = frozenset(
 
 
 class Generation(Formed):
-    """What both routes for text understand."""
+    """The fields that both routes for text understand."""
 
     neutral: ClassVar[Neutral] = {
         "bad_words": ([],),
@@ -117,7 +117,7 @@ class Generation(Formed):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=300)] | None = None
     user: Ignored = None
 
-    # vLLM's, without effect on what is answered.
+    # Fields of vLLM that have no effect on the answer.
     cache_salt: Ignored = None
     priority: Ignored = None
     request_id: Ignored = None
@@ -136,7 +136,7 @@ class Generation(Formed):
 
     @property
     def include_usage(self) -> bool:
-        """A stream is to end with the usage."""
+        """Whether a stream is to end with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
@@ -147,25 +147,25 @@ class Generation(Formed):
 
     @model_validator(mode="after")
     def _biases_are_for_ids(self) -> Self:
-        # No id has more digits, and Python reads no number of thousands of them.
+        # No id has more digits, and Python does not parse a number of thousands of digits.
         if not all(re.fullmatch("[0-9]{1,10}", token) for token in self.logit_bias or ()):
             raise ValueError("logit_bias: the keys have to be token ids in decimal digits")
         return self
 
     @property
     def new_tokens(self) -> int | None:
-        """The most of each answer; None for the usual."""
+        """Largest number of tokens of each answer; None for `usual_tokens`."""
         return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
-        """How many log probabilities are wanted beside each token's; None for none at all."""
+        """Number of log probabilities to report beside each token's own; None for none at all."""
         raise NotImplementedError
 
     usual_tokens: ClassVar[int | None] = None  # as many as there is room for
 
     def asked(self) -> Asked:
-        """What is asked for beside the prompt."""
+        """Return the options for generation."""
         return Asked(
             copies=self.n or 1,
             new_tokens=self.new_tokens,
@@ -180,7 +180,7 @@ class Generation(Formed):
         )
 
     def _sampling(self) -> Sampling:
-        """How to choose; without a seed, at random."""
+        """Return how to choose the tokens; without a seed in the request, the seed is random."""
         given = {
             option.name: value
             for option in fields(Sampling)
@@ -248,13 +248,13 @@ class CompletionRequest(Generation):
 
 
 class Chat(Strict):
-    """A conversation, and how it is to be written down."""
+    """A conversation, and how to render it."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Object | None = None
-    allow_special_tokens: bool | None = None  # not vLLM's, which always allows them
+    allow_special_tokens: bool | None = None  # not a field of vLLM, which always allows them
 
     @model_validator(mode="after")
     def _one_of_the_two_ends(self) -> Self:
@@ -271,7 +271,7 @@ class Chat(Strict):
         return []
 
     def conversation(self) -> Conversation:
-        """What the chat template is given."""
+        """Return the input of the chat template."""
         return Conversation(
             messages=[message.for_template() for message in self.messages],
             begin=self.add_generation_prompt is not False and not self.continue_final_message,
@@ -386,6 +386,6 @@ class ChatRequest(Generation, Chat):
         named = isinstance(self.tool_choice, NamedTool)
         required = named or self.tool_choice == "required"
         if forms and not required:
-            return forms  # an answer of that form calls nothing
+            return forms  # an answer of that form has no calls
         most = 1 if named or self.parallel_tool_calls is False else None
         return [*forms, partial(tools.grammar, offers, required=required, most=most)]

@@ -1,6 +1,7 @@
-"""The chat template of a bundle, and conversations that wait to be written by it.
+"""The chat template of a bundle, and the queue of conversations to render with it.
 
-One is rendered at a time, in the process of `rendering`; those that wait do not hold a thread.
+One conversation is rendered at a time, in the process of `rendering`; waiting conversations do not
+hold a thread.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, boundary
 from thanos_deploy.model import tokenizer_files
 
-# Around the number of a special token that is to be text; Unicode assigns no character to it.
+# Put around the number of a special token that is to be plain text; a noncharacter of Unicode.
 _MARK = "\ufdd2"
 
 
@@ -35,7 +36,7 @@ class Renderer:
     """
 
     def __init__(self, template: ChatTemplate) -> None:
-        """Prepare; the process is started with the first conversation."""
+        """Prepare; the process starts with the first conversation."""
         self.takes_tools = template.takes_tools
         self._rendering = rendering.Rendering(template)
         self._worker = ThreadPoolExecutor(1, "template")
@@ -43,24 +44,24 @@ class Renderer:
         self._until = math.inf  # on the clock `time.monotonic`
 
     async def render(self, conversation: Conversation) -> str:
-        """The prompt.
+        """Return the prompt of a conversation.
 
         Raises:
-            UsageError: the template does not take such messages, or not within its limits.
+            UsageError: the template does not accept these messages, or exceeds its limits.
             Busy: the server is closing.
         """
         return await asyncio.wrap_future(self._worker.submit(self._render, conversation))
 
     def hurry(self) -> None:
-        """Let what waits be rendered, but not for longer than one conversation may take."""
+        """Give all waiting conversations together no more time than one may take, for shutdown."""
         self._until = time.monotonic() + rendering.SECONDS
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, whatever it is doing."""
         self._closed = True
         self._rendering.close()
         self._worker.shutdown(cancel_futures=True)
-        self._rendering.close()  # it may have been started again
+        self._rendering.close()  # a conversation may have started it again
 
     def _render(self, conversation: Conversation) -> str:
         left = self._until - time.monotonic()
@@ -70,25 +71,27 @@ class Renderer:
 
 
 def as_text(value: T, specials: Sequence[str]) -> T:
-    """A conversation's part in which special tokens cannot be taken for those of the template.
+    """Replace special tokens in a part of a conversation by marks, so that they stay plain text.
+
+    Otherwise they could not be told from the special tokens that the template writes.
 
     Args:
-        value: text, or what JSON makes of texts.
-        specials: texts that stand for special tokens.
+        value: a text, or a JSON value that contains texts.
+        specials: the texts of the special tokens.
 
     Returns:
-        the same with marks in their places, for `encode`.
+        the value with marks in place of special tokens, for `encode`.
     """
     if not specials:
         return value
     numbers = {special: number for number, special in enumerate(specials)}
-    # Of those that begin alike, the longest counts.
+    # Longest first: if one is the beginning of another, the longer one counts.
     any_of = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
 
     def mark(part: Any) -> Any:
         match part:
             case str():
-                plain = part.replace(_MARK, "")  # what looks like a mark is none
+                plain = part.replace(_MARK, "")  # the input may not contain marks
                 return any_of.sub(lambda found: f"{_MARK}{numbers[found[0]]}{_MARK}", plain)
             case dict():
                 return {key: mark(inner) for key, inner in part.items()}
@@ -102,7 +105,7 @@ def as_text(value: T, specials: Sequence[str]) -> T:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a conversation that was written down, with `as_text`'s marks in it or not."""
+    """Return the ids of a rendered conversation, which may contain the marks of `as_text`."""
     ids: list[int] = []
     for place, part in enumerate(text.split(_MARK)):
         if place % 2:
@@ -113,14 +116,14 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def open_chat_template(bundle: Path, *, verify: bool = True) -> ChatTemplate | None:
-    """The chat template of a bundle; None if its tokenizer has none.
+    """Open the chat template of a bundle; return None if its tokenizer has none.
 
     Args:
         bundle: its folder.
         verify: compare the files with the hashes in the manifest first.
 
     Raises:
-        InputError: it is not readable.
+        InputError: the template is not readable.
         IntegrityError: a file was changed.
     """
     opened = Bundle.open(bundle)

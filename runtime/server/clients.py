@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled if its client disconnects.
+    """Return the result of some work, which is cancelled if the client disconnects.
 
     Args:
-        request: whose body has been read.
-        work: what its client waits for.
+        request: the client's request; its body has been read.
+        work: the work that the client waits for.
 
     Raises:
         ClientDisconnect: the client went away first.
@@ -32,13 +32,13 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 async def require_present(request: Request) -> None:
-    """Begin nothing for a client that has disconnected already.
+    """Refuse to begin work for a client that has disconnected already.
 
     Args:
-        request: whose body has been read.
+        request: the client's request; its body has been read.
 
     Raises:
-        ClientDisconnect: it has.
+        ClientDisconnect: the client has disconnected.
     """
     if await request.is_disconnected():
         raise ClientDisconnect

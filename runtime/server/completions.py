@@ -34,7 +34,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorBody, "description": "The answer was not finished before the deadline"},
 }
 
-# Tokens of a piece, more than which are not written down on the event loop.
+# A piece with more tokens than this is serialised on another thread than the event loop's.
 _MANY = 64
 
 router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI"])
@@ -42,13 +42,13 @@ router = APIRouter(prefix="/v1", responses=_ERRORS, tags=["OpenAI"])
 
 @router.get("/models")
 async def models(service: Served) -> schemas.Models:
-    """Which models are served: one, under each of its names."""
+    """List the models that are served: one, under each of its names."""
     return schemas.Models(data=[_model(service, name) for name in service.names])
 
 
 @router.get("/models/{model:path}")
 async def model(model: str, service: Served) -> schemas.Model:
-    """That model."""
+    """Describe a model."""
     service.require(model)
     return _model(service, model)
 
@@ -82,7 +82,7 @@ async def completions(
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion)
 async def chat(body: bodies.ChatRequest, request: Request, service: Served) -> Response:
-    """Answer in a conversation."""
+    """Continue a conversation."""
     service.require(body.model)
     prompt = await prompt_of(request, service, body)
     note_prompts(request, service, lambda: [message.for_template() for message in body.messages])
@@ -90,7 +90,7 @@ async def chat(body: bodies.ChatRequest, request: Request, service: Served) -> R
 
 
 async def _grammar(request: Request, service: Service, body: bodies.Generation) -> Grammar | None:
-    """What the answers have to be like; None if they may be anything."""
+    """Compile the grammar that the answers must follow; None for any text."""
     if (written := body.grammar()) is None:
         return None
     async with before_the_deadline(
@@ -108,7 +108,7 @@ def _model(service: Service, name: str) -> schemas.Model:
 async def _echoed(
     request: Request, service: Service, prompts: Sequence[Prompt], alternatives: int | None
 ) -> list[list[Token]]:
-    """The tokens of prompts, with their log probabilities if these are asked for."""
+    """Return the tokens of prompts, with log probabilities if these are asked for."""
     if alternatives is None:
         return [[Token(token, None) for token in prompt] for prompt in prompts]
     async with before_the_deadline(request, service, "the prompt was not read before the deadline"):
@@ -131,7 +131,7 @@ async def _respond(
         "created": int(time.time()),
         "model": body.model,
     }
-    # Others wait for the slot that its prompt would be read in.
+    # A client that has left must not take a slot that others wait for.
     await require_present(request)
     with ExitStack() as stack:
         answers = stack.enter_context(
@@ -150,7 +150,7 @@ async def _respond(
         whole = await unless_gone(request, answers.whole())
         if service.log_prompts:
             record.fields["answers"] = [piece.text for piece in whole]
-        # Log probabilities make it long, and nobody else is to wait for it.
+        # Log probabilities make it long, and it must not block the event loop.
         content = await asyncio.to_thread(
             lambda: form.document(head, whole, _usage(answers)).model_dump_json()
         )
@@ -158,7 +158,7 @@ async def _respond(
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; when the last one is sent, or the client is gone, all is given back."""
+    """Server-sent events; closes `held` when the last one is sent, or the client has left."""
 
     media_type = "text/event-stream"
 
@@ -190,7 +190,7 @@ async def _events(
         return _event(chunk)
 
     async def written(piece: Piece) -> str:
-        # What was held back for long, or a whole prompt, may have thousands of log probabilities.
+        # Text that was held back for long, or a prompt, may have thousands of log probabilities.
         many = len(piece.tokens) > _MANY
         return await asyncio.to_thread(event, piece) if many else event(piece)
 

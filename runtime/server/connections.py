@@ -1,17 +1,17 @@
-"""One connection of a client, held to times and sizes before any request is seen.
+"""One connection of a client, with timeouts and limits that hold before the application runs.
 
-uvicorn waits for ever for a client that connects and says nothing, that sends half of its headers,
-or that does not read its answer, and it reads the whole of a body that has been refused. Here:
+uvicorn waits for ever for a client that connects and sends nothing, that sends half of its headers,
+or that does not read its response, and it reads the whole body of a refused request. Here:
 
-    too many connections    one that keeps the server waiting makes room; without any such, the
-                            newest is answered 503 and closed
+    too many connections    the one that has waited for its client the longest is closed; if none
+                            waits for its client, the newest is answered 503 and closed
     headers                 have HEADER_SECONDS, from the first byte or from connecting
-    an answer               has to be read `answer_seconds` after its request at the latest
+    a response              has to be read `answer_seconds` after its request at the latest
     a refused body          is not read on: the connection is closed once the refusal is sent
-    a body in crumbs        is refused: reading a chunk takes much longer than sending it
+    a body in tiny chunks   is refused: parsing a chunk takes much longer than sending it
 
-When the server ends, uvicorn closes a connection whose request is still on its way. Here such a
-client has FIRST_SECONDS for it, and is answered.
+When the server shuts down, uvicorn closes a connection whose first request is still on its way.
+Here such a client has FIRST_SECONDS to send the request, and is answered.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 HEADER_SECONDS = 10.0
 
-# For the first request of a connection to arrive when the server ends. A packet that was lost comes
-# again within a second or two.
+# Time for the first request of a connection to arrive during shutdown. A lost packet is sent again
+# within a second or two.
 FIRST_SECONDS = 3.0
 
-# A client that still sends would see a reset instead of the refusal: so much longer, and so many
-# bytes more, are thrown away before the connection is closed.
+# A client that still sends would see a reset instead of the refusal. So the connection stays open
+# for this time, or until this many more bytes have come, which are discarded.
 _LINGER_SECONDS = 1.0
 _LINGER_BYTES = 1 << 20
 
-# Of files, libraries, and the log.
+# File descriptors for everything but connections: files, libraries, and the log.
 _OTHER_DESCRIPTORS = 64
 
 _FULL = (
@@ -41,14 +41,14 @@ _FULL = (
     b"Content-Length: 0\r\n\r\n"
 )
 
-# Chunks of a body that may be small, and bytes that each further one brings on average.
+# Number of chunks of a body that may be small, and the mean size of further ones, in bytes.
 _CHUNKS, _CHUNK_BYTES = 1000, 256
 
 _log = logging.getLogger(__name__)
 
 
 class _Wire(h11.Connection):
-    """Refuses a body in crumbs."""
+    """The HTTP parser of a connection, which refuses a body in tiny chunks."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
@@ -69,11 +69,11 @@ class _Wire(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """A connection that is given up when its client is too slow.
+    """A connection that is closed when its client is too slow.
 
     Attributes:
-        most: connections at the same time.
-        answer_seconds: from a request to the end of sending its answer.
+        most: largest number of connections at the same time.
+        answer_seconds: longest time from a request to the end of its response, in seconds.
     """
 
     most: int
@@ -83,16 +83,16 @@ class Connection(H11Protocol):
         """See `H11Protocol`."""
         super().__init__(*arguments, **options)
         self.conn = _Wire()
-        self._since = self.loop.time()  # the last time that something began or ended here
+        self._since = self.loop.time()  # when a request began or a response ended last
         self._headers_due: asyncio.TimerHandle | None = None
         self._answer_due: asyncio.TimerHandle | None = None
-        self._timed: RequestResponseCycle | None = None  # what `_answer_due` belongs to
-        self._end_due: asyncio.TimerHandle | None = None  # while it lingers, or the server ends
-        self._is_last = False  # the request that comes next, if one does
-        self._thrown_away: int | None = None  # bytes; None while they are read
+        self._timed: RequestResponseCycle | None = None  # the request that `_answer_due` belongs to
+        self._end_due: asyncio.TimerHandle | None = None  # set while lingering, or during shutdown
+        self._is_last = False  # the next request, if one comes, is the last
+        self._thrown_away: int | None = None  # bytes discarded while lingering; None before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there."""
+        """Let a client in, or answer 503 if there is no room."""
         if len(self.connections) >= self.most and not self._make_room():
             self.transport = transport
             transport.write(_FULL)
@@ -103,7 +103,7 @@ class Connection(H11Protocol):
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
+        """Cancel the timers of a connection that has ended."""
         for timer in (self._headers_due, self._answer_due, self._end_due):
             if timer:
                 timer.cancel()
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """It sends."""
+        """Parse what the client sends, or discard it while lingering."""
         if self._thrown_away is not None:
             self._thrown_away += len(data)
             if self._thrown_away > _LINGER_BYTES:
@@ -123,12 +123,12 @@ class Connection(H11Protocol):
             super().data_received(data)
 
     def eof_received(self) -> None:
-        """It will send no more."""
+        """End the lingering, because the client will send no more."""
         if self._thrown_away is not None:
             self.transport.abort()
 
     def handle_events(self) -> None:
-        """Read what has come."""
+        """Handle the received data; if a request begins with it, start its response timer."""
         super().handle_events()
         if self._is_idle() or self.cycle is self._timed:
             return
@@ -145,7 +145,7 @@ class Connection(H11Protocol):
         self._answer_due = self.loop.call_later(self.answer_seconds, self._give_up, "answer")
 
     def on_response_complete(self) -> None:
-        """The answer is sent, or waits in a buffer for a client that does not read."""
+        """Stop the response timer, unless a part of the response is still to be read."""
         self._since = self.loop.time()
         if self._answer_due and not self.transport.get_write_buffer_size():
             self._answer_due.cancel()
@@ -153,7 +153,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
 
     def shutdown(self) -> None:
-        """The server ends: answer what was asked here, or is about to be for the first time."""
+        """Close after the request in flight, or after the first request if it is still to come."""
         if self.cycle is not None or self.is_lingering:
             return super().shutdown()
         self._is_last = True
@@ -164,11 +164,11 @@ class Connection(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """It is the client's turn: to ask, to send the rest of a body, or to leave."""
+        """Whether the client has to act next: send a request or the rest of a body, or leave."""
         return self._is_idle() or self.conn.their_state is h11.SEND_BODY
 
     def _make_room(self) -> bool:
-        """Close the connection that has waited for its client the longest; False without any."""
+        """Close the connection that has waited for its client the longest; False if none waits."""
         waiting = [
             other for other in self.connections if isinstance(other, Connection) and other.waits
         ]
@@ -190,11 +190,11 @@ class Connection(H11Protocol):
 
     @property
     def is_lingering(self) -> bool:
-        """What still comes is thrown away."""
+        """Whether received data is discarded until the connection is closed."""
         return self._thrown_away is not None
 
     def linger(self, transport: asyncio.Transport) -> bool:
-        """Send the answer and read on for a moment; False if there is nothing to wait for."""
+        """Keep the connection open for a moment; return False if no more of a body is to come."""
         if self.conn.their_state is not h11.SEND_BODY or transport.is_closing():
             return False
         if self._thrown_away is None:
@@ -207,19 +207,19 @@ class Connection(H11Protocol):
 
 
 class _Lingering:
-    """A transport that is closed when the client has stopped sending what nobody reads."""
+    """A transport that closes only after the client has stopped sending a refused body."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport = transport
         self._connection = connection
 
     def close(self) -> None:
-        """Close, at once or after a moment."""
+        """Close, at once or after lingering."""
         if not self._connection.linger(self._transport):
             self._transport.close()
 
     def is_closing(self) -> bool:
-        """Nothing more is to be sent."""
+        """Whether nothing more is to be sent."""
         return self._connection.is_lingering or self._transport.is_closing()
 
     def __getattr__(self, name: str) -> Any:
@@ -227,15 +227,15 @@ class _Lingering:
 
 
 def protocol(*, most: int, answer_seconds: float) -> type[Connection]:
-    """The class that uvicorn makes a connection of; see `Connection`."""
+    """Return the protocol class for uvicorn: `Connection` with these limits."""
     limits = {"most": most, "answer_seconds": answer_seconds}
     return type("LimitedConnection", (Connection,), limits)
 
 
 def most_connections(wanted: int) -> int:
-    """As many of the wanted connections as this process may have descriptors for, at least 1.
+    """Return how many of the wanted connections the limit on file descriptors allows, at least 1.
 
-    The soft limit is raised where the hard one allows it.
+    The soft limit is raised as far as needed and as the hard limit allows.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + _OTHER_DESCRIPTORS

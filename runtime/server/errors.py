@@ -1,12 +1,12 @@
-"""Every error, in the terms of the protocol that was spoken.
+"""All errors, in the format of the protocol that the client uses.
 
 OpenAI's routes answer `{"error": {"message", "type", "param", "code"}}`, the Open Inference
-Protocol's `{"error": "message"}`. Which of our own errors is whose fault:
+Protocol's `{"error": "message"}`. The project's own errors have these statuses:
 
     UsageError, InputError   400  the request is wrong
     PlatformError            400  it needs a package that is not installed
     Busy                     503  the server is full
-    the deadline             504  the request's, or the machine's: do not try again
+    the deadline             504  the request takes too long on this machine: do not try again
     anything else            500  a bug, or the engine failed
 """
 
@@ -27,7 +27,7 @@ from runtime.server.bodies import UNSUPPORTED
 from runtime.server.logs import Record, record_of
 from thanos_deploy.errors import DeployError, InputError, PlatformError, UsageError
 
-# What nginx calls a request whose client did not wait; nobody reads it but the log.
+# nginx's status for a request whose client has left; only the log and the metrics have it.
 CLIENT_GONE = 499
 
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed"}
@@ -66,14 +66,14 @@ class RefusedError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Say why.
+        """Describe the refusal.
 
         Args:
-            status: of the response.
-            message: for people.
-            code: for programs.
-            param: the part of the request that is at fault.
-            headers: of the response.
+            status: HTTP status of the response.
+            message: the reason, for people.
+            code: the reason, for programs.
+            param: the field of the request that is at fault.
+            headers: further headers of the response.
         """
         super().__init__(message)
         self.status = status
@@ -91,21 +91,21 @@ class RefusedError(Exception):
         return ErrorBody(error=self.detail)
 
     def closing(self) -> "RefusedError":
-        """The same, and the connection ends with it: the body of the request is not read on."""
+        """Close the connection after the response, so that the body is not read on; return self."""
         self.headers["Connection"] = "close"
         return self
 
     def note(self, record: Record) -> None:
-        """Leave the code for the log; the message may quote what was asked."""
+        """Add the code to the log; not the message, which may quote the request."""
         record.fields["error"] = self.detail.code
 
     def response(self, scope: Scope) -> Response:
-        """What the client gets; the log gets the code."""
+        """Return the response for the client, and add the code to the log."""
         self.note(record_of(scope))
         tensors = scope["path"].startswith("/v2")
         content = {"error": self.detail.message} if tensors else self.body.model_dump()
         return Response(
-            # ASCII: a message may quote half a surrogate pair, which has no UTF-8.
+            # ASCII: a message may quote half a surrogate pair, which UTF-8 cannot encode.
             json.dumps(content),
             status_code=self.status,
             headers=self.headers,
@@ -114,19 +114,20 @@ class RefusedError(Exception):
 
 
 def too_late(message: str) -> RefusedError:
-    """The deadline passed; asked again, the same request would take as long again.
+    """Return the error of a request whose deadline has passed, with a header against retries.
 
-    OpenAI's clients repeat a request that ends with a 5xx unless the header tells them not to.
+    The same request would take as long again, and OpenAI's clients retry after a 5xx unless this
+    header tells them not to.
     """
     return RefusedError(504, message, code="deadline", headers={"x-should-retry": "false"})
 
 
 def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
-    """Let every error of the routes end as one of these.
+    """Turn every exception of the routes into an error response in the client's protocol.
 
     Args:
-        app: with the routes.
-        retry_after: seconds after which a request that found no room is worth another try.
+        app: the application with the routes.
+        retry_after: returns the seconds after which a client may retry when the server is full.
     """
 
     @app.exception_handler(RefusedError)
@@ -174,7 +175,7 @@ def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
 
 
 def misread(problem: Mapping[str, Any]) -> RefusedError:
-    """What pydantic found, as an error of the request."""
+    """Turn the first error that pydantic found in a body into a refusal."""
     place = [str(part) for part in problem["loc"] if part != "body"]
     if problem["type"] == "json_invalid":
         return RefusedError(400, "the body is not valid JSON", code="invalid_json")
@@ -192,7 +193,7 @@ def misread(problem: Mapping[str, Any]) -> RefusedError:
             code="unknown_parameter",
             param=place[0],
         )
-    # What our own validators say of several fields names them.
+    # The messages of our own validators of several fields name these fields already.
     said, ours = problem["msg"].removeprefix("Value error, "), problem["type"] == "value_error"
     return RefusedError(
         400,

@@ -1,4 +1,4 @@
-"""What an answer has to be like, as OpenAI's and vLLM's fields say it."""
+"""The fields of OpenAI and vLLM for the form that an answer must have."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from thanos_deploy.bundle.codec import loads
 
 
 class JsonSchema(Strict):
-    """A schema, and what it is called."""
+    """A schema and its name."""
 
     name: str | None = None
     description: str | None = None
@@ -21,20 +21,20 @@ class JsonSchema(Strict):
 
 
 class PlainFormat(Strict):
-    """Any text, or any object of JSON."""
+    """Any text, or any JSON object."""
 
     type: Literal["text", "json_object"]
 
 
 class SchemaFormat(Strict):
-    """JSON of a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 class StructuredOutputs(Strict):
-    """vLLM's ways to say what an answer is like; one of them."""
+    """vLLM's ways to give the form of an answer, of which a request may use one."""
 
     neutral: ClassVar[Neutral] = dict.fromkeys(
         ("disable_additional_properties", "disable_any_whitespace", "disable_fallback"), (False,)
@@ -48,7 +48,7 @@ class StructuredOutputs(Strict):
 
 
 class Formed(Strict):
-    """The fields of a request for an answer of some form."""
+    """The fields of a request for the form of its answers."""
 
     response_format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = (
         None
@@ -69,12 +69,12 @@ class Formed(Strict):
         return self
 
     def grammar(self) -> Callable[[], str] | None:
-        """What makes the grammar of the answer; None for any text."""
+        """Return a function that makes the grammar of the answer; None for any text."""
         forms = self.forms()
         return forms[0] if forms else None
 
     def forms(self) -> list[Callable[[], str]]:
-        """What makes the grammar, for every field that asks for one."""
+        """Return functions that make a grammar, one for every field that gives a form."""
         other = self.structured_outputs or StructuredOutputs()
         forms: list[Callable[[], str]] = []
         match self.response_format:

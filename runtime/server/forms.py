@@ -1,4 +1,4 @@
-"""How the answers of OpenAI's routes are written down: whole, or piece by piece."""
+"""Turn answers into the responses of OpenAI's routes: whole, or piece by piece."""
 
 import secrets
 from collections import Counter, defaultdict
@@ -17,10 +17,10 @@ _IMPOSSIBLE = -9999.0
 
 
 class Form(Protocol):
-    """How one of the routes writes its answers down.
+    """The response format of one of the routes.
 
     Attributes:
-        prefix: of the ids of responses.
+        prefix: prefix of the ids of responses.
     """
 
     prefix: str
@@ -28,17 +28,17 @@ class Form(Protocol):
     def document(
         self, head: dict[str, Any], pieces: Sequence[Piece], usage: schemas.Usage
     ) -> BaseModel:
-        """The response, with every answer as one piece."""
+        """Return the response, with every answer as one piece."""
 
     def chunk(self, head: dict[str, Any], piece: Piece, start: int) -> BaseModel:
-        """The event for a piece that begins after so many characters of its answer."""
+        """Return the event for a piece, which begins `start` characters into its answer."""
 
     def last_chunk(self, head: dict[str, Any], usage: schemas.Usage) -> BaseModel:
-        """The event that has the usage."""
+        """Return the event with the numbers of tokens."""
 
 
 class CompletionForm:
-    """See `Form`."""
+    """The response format of /v1/completions; see `Form`."""
 
     prefix = "cmpl"
 
@@ -82,7 +82,7 @@ class CompletionForm:
             end += len(self._tokenizer.text_of(token.id) or "")
         return schemas.CompletionLogprobs(
             tokens=[self._tokenizer.name_of(token.id) for token in piece.tokens],
-            # The first token of a prompt follows nothing.
+            # Nothing precedes the first token of a prompt, so it has no log probability.
             token_logprobs=[
                 None if token.logprob is None else _finite(token.logprob) for token in piece.tokens
             ],
@@ -100,7 +100,7 @@ class CompletionForm:
 
 
 class ChatForm:
-    """See `Form`."""
+    """The response format of /v1/chat/completions; see `Form`."""
 
     prefix = "chatcmpl"
 
@@ -108,7 +108,7 @@ class ChatForm:
         self._tokenizer = tokenizer
         self._wanted = body.alternatives is not None
         self._has_tools = bool(body.offers)
-        # Of each answer of a stream: what reads its calls, and how many there were.
+        # For each answer of a stream: the reader of its calls, and the number of calls so far.
         self._readers: defaultdict[int, Calls] = defaultdict(Calls)
         self._called: Counter[int] = Counter()
 
@@ -124,7 +124,7 @@ class ChatForm:
         )
 
     def _choice(self, piece: Piece) -> schemas.ChatChoice:
-        assert piece.finish  # every whole answer has one
+        assert piece.finish  # every whole answer has a reason
         text, calls = self._read(piece)
         return schemas.ChatChoice(
             index=piece.index,
@@ -162,7 +162,7 @@ class ChatForm:
         return schemas.ChatCompletionChunk(**head, object=_CHUNK, choices=[choice])
 
     def _read(self, piece: Piece) -> tuple[str, list[Call]]:
-        """The text of a piece, and the calls that are whole with it."""
+        """Return the text of a piece, and the calls that are complete with it."""
         if not self._has_tools:
             return piece.text, []
         reader = self._readers[piece.index]
@@ -194,7 +194,7 @@ class ChatForm:
         )
 
     def _logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
-        assert logprob is not None  # answers have them where they were asked for
+        assert logprob is not None  # set for all tokens of an answer if asked for
         text = self._tokenizer.text_of(token)
         return {
             "token": self._tokenizer.name_of(token),
@@ -204,7 +204,7 @@ class ChatForm:
 
 
 def _finite(logprob: float) -> float:
-    """A log probability that JSON can hold: OpenAI, too, has -9999 for the impossible."""
+    """Return a log probability that JSON can hold: like OpenAI, -9999 for the impossible."""
     return max(logprob, _IMPOSSIBLE)
 
 

@@ -1,11 +1,11 @@
-"""Checks that every request passes before it reaches a route.
+"""Middleware that every request passes before it reaches a route.
 
     Recorded   gives it an id, and counts and logs how it ended
     Bounded    reads its body, which may be neither too large nor too slow nor compressed
     Headed     answers HEAD wherever GET is answered
 
-Between the first two stand those of `access`. Each wraps an ASGI application. None of them waits
-for the response, so streams pass through.
+The middleware of `access` is between the first two. Each class wraps an ASGI application. None of
+them waits for the whole response, so streams pass through.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from runtime.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-# A path in the log is no longer than that.
+# Longest path in the log, in characters.
 _PATH = 200
 
 
@@ -49,7 +49,7 @@ class Recorded:
         try:
             await self._app(scope, receive, identified)
         finally:
-            # The pattern of the path: paths themselves are without number, and may hold anything.
+            # The pattern of the path, because there is no limit to the number and content of paths.
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(route, str(status)).inc()
             _log.info(
@@ -70,7 +70,7 @@ class Recorded:
 
 
 class Bounded:
-    """Reads the body before anything else happens."""
+    """Reads the whole body before it calls the application."""
 
     def __init__(self, app: ASGIApp, *, body_bytes: int, seconds: float) -> None:
         self._app = app
@@ -99,7 +99,7 @@ class Bounded:
         await self._app(scope, again, send)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """All of it; None if the client goes away meanwhile."""
+        """Return the whole body; None if the client disconnects meanwhile."""
         if headers.get("content-encoding", "identity") != "identity":
             raise RefusedError(
                 415, "compressed bodies are not supported", code="unsupported_encoding"
@@ -125,7 +125,7 @@ class Bounded:
 
 
 class Headed:
-    """Lets routes answer HEAD as they answer GET; what is sent then has no body."""
+    """Lets routes answer HEAD as they answer GET; the HTTP server leaves the body out."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

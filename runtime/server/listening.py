@@ -1,9 +1,9 @@
-"""The socket that a server takes connections from, and how listening ends without losing one.
+"""The listening socket of a server, and how to stop listening without losing a connection.
 
-Closing a socket that listens resets the connections that the system has made and nobody has
-accepted yet. Who has begun to connect by then is to be answered, and who comes later is to find
-nobody, as a proxy expects that asks another server then. So `begin_no_more` comes first, then
-whatever is `waiting` is accepted, and only then is the socket closed.
+Closing a listening socket resets the connections that the kernel has established and nobody has
+accepted yet. A client that has begun to connect by then must be answered, and a later one must be
+refused, so that a proxy tries another server. So a shutdown calls `begin_no_more` first, then
+accepts the connections of `waiting`, and only then closes the socket.
 """
 
 import ctypes
@@ -14,13 +14,13 @@ from contextlib import suppress
 
 from thanos_deploy.errors import PlatformError
 
-# Connections that the system holds for us; asyncio tries as often as that to accept one when there
-# are no descriptors left, and says so every time.
+# Number of connections that the kernel holds until they are accepted. When there are no file
+# descriptors left, asyncio tries that many times to accept one, and logs every failure.
 BACKLOG = 128
 
 # Linux's SO_ATTACH_FILTER, and a filter in classic BPF (socket(7), linux/filter.h): code, jump if
 # true, jump if false, operand. A packet begins with its TCP header here, and its flags are the byte
-# at 13. One that asks for a connection (SYN) is dropped, and every other one passes whole.
+# at 13. A packet that asks for a connection (SYN) is dropped; every other packet passes whole.
 _ATTACH_FILTER = 26
 _DROP_SYN = (
     (0x30, 0, 0, 13),  # load the byte at 13
@@ -31,21 +31,21 @@ _DROP_SYN = (
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
+    """Open a listening socket.
 
     Args:
-        host: a name or a number.
-        port: 0 for any that is free.
+        host: a host name or an IP address.
+        port: the port; 0 for any that is free.
 
     Raises:
-        PlatformError: the address is not there, or taken.
+        PlatformError: this machine does not have the address, or it is taken.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         )[0]
-        # With its protocol by number, unlike `socket.create_server`: asyncio sends at once, without
-        # waiting for the client's acknowledgement, only where it sees that this is TCP.
+        # With the protocol's number, unlike `socket.create_server`: asyncio sets TCP_NODELAY, which
+        # sends without waiting for the client's acknowledgement, only if it sees IPPROTO_TCP.
         listener = socket.socket(family, kind, proto)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -66,25 +66,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url(listener: socket.socket) -> str:
-    """Where a socket is reached."""
+    """Return the URL at which a socket can be reached."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def begin_no_more(listener: socket.socket) -> None:
-    """Ignore whoever asks for a connection from now on, and go on with those that are being made.
+    """Ignore new requests for a connection, and complete the connections that have begun.
 
-    A client's system asks again after a second, and is refused then, when the socket is closed.
-    Linux only: elsewhere nothing happens.
+    A client's kernel repeats its request after a second, and is refused if the socket is closed by
+    then. Linux only: no effect elsewhere.
     """
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in _DROP_SYN))
     program = struct.pack("@HP", len(_DROP_SYN), ctypes.addressof(code))
-    with suppress(OSError):  # what closing resets then is what came in the last microseconds
+    with suppress(OSError):  # then closing resets the connections of the last microseconds
         listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, program)
 
 
 def waiting(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that the system has made and holds for us."""
+    """Accept and yield the connections that the kernel holds."""
     while True:
         try:
             client, _ = listener.accept()

@@ -1,7 +1,9 @@
-"""Lines of JSON on standard error, one for each request, without what was asked and answered.
+"""Log lines in JSON on standard error, one for each request.
 
-A request's record is begun by whoever sees the request first and is in its scope from then on, so
-that everybody can add what they know.
+Prompts and answers are in them only if the operator asks for that.
+
+The outermost middleware begins the record of a request and leaves it in the ASGI scope, so that all
+code after it can add fields.
 """
 
 import atexit
@@ -22,7 +24,7 @@ from starlette.types import Scope
 
 REQUEST_ID = "X-Request-ID"
 
-# That wait to be written, and seconds that the last of them have at the end.
+# Number of lines that may wait to be written, and seconds to write the last of them at exit.
 _LINES, _FAREWELL_SECONDS = 10_000, 2.0
 
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -30,12 +32,12 @@ _WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known of a request.
+    """The record of a request for the log.
 
     Attributes:
-        request_id: the client's own if it gave a well-formed one.
-        started: on the clock `time.monotonic`, when it came.
-        fields: for its line in the log.
+        request_id: the id that the client gave, if it is well-formed, or a random one.
+        started: time at which the request came, on the clock `time.monotonic`.
+        fields: further fields of its log line.
     """
 
     request_id: str
@@ -52,13 +54,13 @@ class Record:
 
 
 def record_of(scope: Scope) -> Record:
-    """The record of a request."""
+    """Return the record of a request."""
     record: Record = scope["state"]["record"]
     return record
 
 
 class JsonLines(logging.Formatter):
-    """One line of JSON for each entry, with the `fields` that came in its `extra`."""
+    """One line of JSON for each log record, with the `fields` of its `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
@@ -76,8 +78,8 @@ class JsonLines(logging.Formatter):
 def configure() -> None:
     """Send everything that is logged in this process to standard error, as lines of JSON.
 
-    A thread writes them: whoever reads standard error may stall without stopping the server. What
-    does not fit in its line is left out, and how much that was is said when there is room again.
+    A thread writes the lines, so that a stalled reader of standard error does not stop the server.
+    Lines that do not fit in the queue are dropped; their number is logged when there is room again.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
@@ -89,14 +91,14 @@ def configure() -> None:
 
 
 class _Lines(QueueHandler):
-    """Hands lines on, and never waits."""
+    """Puts log records into the queue, and never waits."""
 
     def __init__(self, lines: "queue.Queue[logging.LogRecord]") -> None:
         super().__init__(lines)
         self._left_out = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """As it is: the line is made by the thread that writes it."""
+        """Return the record unchanged; the thread that writes the line formats it."""
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -117,7 +119,7 @@ class _Lines(QueueHandler):
 
 
 def _finish(listener: QueueListener) -> None:
-    """Write what is left, unless nobody reads it."""
+    """Write the lines that are left, but give up if nobody reads them."""
     thread = threading.Thread(target=listener.stop, daemon=True)
     thread.start()
     thread.join(_FAREWELL_SECONDS)

@@ -1,7 +1,7 @@
 """Open a bundle, listen, and shut down without losing a request.
 
-Nothing is bound before the bundle has been verified and loaded. SIGTERM, or Ctrl-C, stops
-listening, finishes what is in flight, and returns; a second Ctrl-C ends at once.
+The port is bound only after the bundle has been verified and loaded. SIGTERM, or Ctrl-C, stops
+listening, finishes the requests in flight, and returns; a second Ctrl-C ends at once.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ from runtime.server.watched import Watched
 from runtime.text import open_tokenizer
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, ONNX
 
-# For a client to read the end of its answer in.
+# Time for a client to read the end of its answer.
 _GRACE_SECONDS = 10.0
 
-# For a connection that has begun to be made, before listening ends: a round trip.
+# Time for connections that have begun to be made, before listening ends: a round trip.
 _HANDSHAKE_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
@@ -54,16 +54,18 @@ def open_service(
     verify: bool = True,
     log_prompts: bool = False,
 ) -> Iterator[Service]:
-    """Load a bundle; what is in flight at the end is finished.
+    """Load a bundle, and close everything when the context ends.
+
+    Requests that are in flight at the end are cancelled; `Server.run` waits for them before.
 
     Args:
         bundle: its folder.
-        slots: texts that are written at the same time.
-        queue: requests that wait for a slot.
-        limits: of a request.
-        names: of the model, as clients call it; without any, that of the folder.
+        slots: largest number of texts that are generated at the same time.
+        queue: largest number of requests that wait for a slot.
+        limits: the limits of a request.
+        names: names of the model for clients; without any, the name of the folder.
         provider, threads, prefix_bytes, weights, verify: as in `runtime.engine.open_slots`.
-        log_prompts: texts may be written to the log.
+        log_prompts: write prompts and answers to the log.
 
     Raises:
         DeployError: the bundle cannot be loaded; see `open_slots` and `open_tokenizer`.
@@ -103,7 +105,7 @@ def open_service(
             renderer.close()
         compiler.close()
         forward.close()
-        batcher.close(timeout=0)  # whoever waited for an answer has it, or is gone
+        batcher.close(timeout=0)  # every client has its answer, or is gone
 
 
 class Server(uvicorn.Server):
@@ -122,9 +124,9 @@ class Server(uvicorn.Server):
 
         Args:
             service: what is served.
-            listener: where.
-            access: who may ask.
-            on_ready: called with the URL when requests are taken.
+            listener: the listening socket.
+            access: who may send requests, and how.
+            on_ready: called with the URL when requests are accepted.
             on_hangup: called on SIGHUP; None to leave that signal as it is.
         """
         self._protocol = protocol(
@@ -142,7 +144,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                # Until then every answer is finished or given up; a second is for sending that.
+                # By the deadline every answer is finished or given up; a second is for sending it.
                 timeout_graceful_shutdown=math.ceil(service.limits.deadline_seconds) + 1,
             )
         )
@@ -155,11 +157,11 @@ class Server(uvicorn.Server):
         """See `uvicorn.Server.run`.
 
         Raises:
-            KeyboardInterrupt: it was not to wait for what is in flight.
+            KeyboardInterrupt: a second Ctrl-C came before the requests in flight were finished.
         """
         try:
             super().run(sockets or [self._listener])
-        except KeyboardInterrupt:  # the signal again, now that everything is finished
+        except KeyboardInterrupt:  # uvicorn raises it again after a normal shutdown
             if self.force_exit:
                 raise
 
@@ -178,7 +180,7 @@ class Server(uvicorn.Server):
             self._service.renderer.hurry()
         listening.begin_no_more(self._listener)
         await asyncio.sleep(_HANDSHAKE_SECONDS)
-        # Nothing may be awaited between these and the end of listening, which resets who is left.
+        # No await between this and the end of listening, which resets connections not accepted.
         accepting = [
             asyncio.ensure_future(self._let_in(client))
             for client in listening.waiting(self._listener)
@@ -188,7 +190,7 @@ class Server(uvicorn.Server):
             one.cancel()
 
     async def _let_in(self, client: socket.socket) -> None:
-        """Begin a connection, and end it as those that had begun before."""
+        """Begin a connection, and shut it down like the connections that were there before."""
         _, connection = await asyncio.get_running_loop().connect_accepted_socket(
             lambda: self._protocol(self.config, self.server_state, self.lifespan.state), client
         )
@@ -196,7 +198,7 @@ class Server(uvicorn.Server):
 
 
 class _OnceAMinute:
-    """Logs what goes wrong in the event loop; that nothing can be accepted, once a minute."""
+    """Logs errors of the event loop; failures to accept connections only once a minute."""
 
     def __init__(self) -> None:
         self._next = 0.0

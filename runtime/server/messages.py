@@ -16,12 +16,12 @@ from pydantic import (
 
 from thanos_deploy.bundle.codec import loads
 
-# Whatever walks through a value of any form, by recursion, goes as deep as that.
+# Deepest nesting of a value of any form, because other code walks through it by recursion.
 _LEVELS = 64
 
 
 def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what is nested deeper than anything that somebody means."""
+    """Refuse a value that is nested deeper than `_LEVELS`."""
     level: list[Any] = [value]
     for _ in range(_LEVELS):
         level = [
@@ -36,7 +36,7 @@ def _not_too_deep(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_of(what: str) -> WrapValidator:
-    """Where a value may have several forms and has none of them, say which there are."""
+    """Return a validator whose error names the forms that a value may have."""
 
     def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -47,22 +47,22 @@ def one_of(what: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-# An object of any form.
+# A JSON object of any form.
 Object = Annotated[dict[str, Any], AfterValidator(_not_too_deep)]
 Text = Annotated[str, Field(min_length=1)]
 Nothing = Annotated[None, Field(description="Not supported.")]
 Ignored = Annotated[Any, Field(description="Without effect.")]
 
 
-# Of fields, by name.
+# Maps names of fields to their neutral values, which ask for nothing.
 Neutral = Mapping[str, Sequence[object]]
 
 
 class Strict(BaseModel):
-    """A part of a body in which every field is known, or asks for nothing.
+    """A part of a body in which every unknown field is refused, unless its value is neutral.
 
     Attributes:
-        neutral: values with which a field, known or not, asks for nothing that is not done anyway.
+        neutral: for fields, known or not, the values that ask for nothing but what is done anyway.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -86,23 +86,23 @@ class Strict(BaseModel):
 
 
 def _same(one: object, other: object) -> bool:
-    """Equal as JSON has it: 1 is 1.0, and true is no number."""
+    """Whether two values are equal in JSON: 1 equals 1.0, and true is not a number."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 class TextPart(Strict):
-    """A part of a message."""
+    """A part of a message, with text."""
 
     type: Literal["text"]
     text: str
 
 
 class CalledFunction(Strict):
-    """A function that was called."""
+    """The function of a call, and its arguments."""
 
     name: str
     arguments: str
-    parsed_arguments: Ignored = None  # what OpenAI's client makes of them
+    parsed_arguments: Ignored = None  # OpenAI's client adds it
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> Self:
@@ -139,12 +139,12 @@ class Message(Strict):
     annotations: Ignored = None
     audio: Nothing = None
     function_call: Nothing = None
-    parsed: Ignored = None  # what OpenAI's client makes of the content
+    parsed: Ignored = None  # OpenAI's client adds it
     refusal: Nothing = None
     tool_calls: list[ToolCall] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: one text, `system` for `developer`, nothing that is None."""
+        """Return the message for a chat template: one text, `system` for `developer`, no None."""
         message = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True)
         if self.role == "developer":
             message["role"] = "system"
@@ -168,7 +168,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    """What a model may call."""
+    """The description of a function that the model may call."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
     description: str | None = None
@@ -177,20 +177,20 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A function."""
+    """A tool that the model may call: a function."""
 
     type: Literal["function"]
     function: Function
 
 
 class FunctionName(Strict):
-    """Of one of the functions."""
+    """The name of one of the functions."""
 
     name: str
 
 
 class NamedTool(Strict):
-    """The function that is to be called."""
+    """The choice of the function that the model must call."""
 
     type: Literal["function"]
     function: FunctionName

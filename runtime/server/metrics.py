@@ -8,18 +8,18 @@ from prometheus_client.registry import Collector
 
 from runtime.batching import Batcher
 
-# Seconds: from a step of a small model on a GPU to an answer of a large one on a CPU.
+# Buckets in seconds, from a step of a small model on a GPU to an answer of a large one on a CPU.
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _ANSWERS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
 
 class Metrics:
-    """The figures of one server.
+    """The metrics of one server.
 
     Attributes:
-        registry: what is exposed; not the global one of the library.
-        requests: counted by route and status.
-        first_token: seconds from the arrival of a request to its first token.
+        registry: the registry that is exposed; not the library's global one.
+        requests: number of requests, by route and status.
+        first_token: seconds from handing a request to the batcher to the first token of an answer.
         between_tokens: seconds from each token of an answer to the next.
     """
 
@@ -52,19 +52,19 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def answered(self, seconds: float) -> None:
-        """Count an answer that is finished."""
+        """Record a finished answer, and the seconds that it took in the batcher."""
         self._answers.observe(seconds)
         self._answered += 1
         self._seconds += seconds
 
     @property
     def mean_answer_seconds(self) -> float:
-        """Of the answers so far; 0 before the first."""
+        """Mean time of the answers so far, in seconds; 0 before the first answer."""
         return self._seconds / self._answered if self._answered else 0.0
 
 
 class _Batching(Collector):
-    """The state of the batcher, read when it is asked for."""
+    """The state of the batcher, read at every scrape."""
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher

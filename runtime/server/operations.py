@@ -1,4 +1,4 @@
-"""The routes for whoever operates the server: health and metrics."""
+"""The routes for the operator of the server: health, version and metrics."""
 
 from typing import Any, Literal
 
@@ -17,38 +17,38 @@ router = APIRouter(responses=_ERRORS, tags=["Operations"])
 
 
 class Health(BaseModel):
-    """What /health says."""
+    """The response of /health."""
 
     status: Literal["ok"]
 
 
 @router.get("/health")
 async def health() -> Health:
-    """The model is loaded and requests are taken."""
+    """Report that the model is loaded and requests are accepted."""
     return Health(status="ok")
 
 
 @router.get("/health/ready")
 async def ready(service: Served) -> Health:
-    """The same, and the model's files are those that were loaded."""
+    """Report that requests are accepted, and the model's files are still those loaded."""
     service.require_ready()
     return Health(status="ok")
 
 
 class Version(BaseModel):
-    """What /version says."""
+    """The response of /version."""
 
     version: str
 
 
 @router.get("/version")
 async def version() -> Version:
-    """Of thanos-deploy."""
+    """Return the version of thanos-deploy."""
     return Version(version=__version__)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, service: Served) -> Response:
-    """What Prometheus collects."""
+    """Return the metrics for Prometheus."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(service.metrics.registry), headers={"Content-Type": media_type})

@@ -1,6 +1,6 @@
-"""From the body of a request to the ids of its prompt, and the routes that do only that.
+"""Turn the body of a request into the ids of its prompt; the routes /tokenize and /detokenize.
 
-The routes, /tokenize and /detokenize, are vLLM's.
+These routes are vLLM's.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ router = APIRouter(responses=_ERRORS, tags=["Tokens"])
 
 
 class Tokens(BaseModel):
-    """The ids of a text."""
+    """The response of /tokenize: the ids of a text."""
 
     count: int
     max_model_len: int
@@ -37,7 +37,7 @@ class Tokens(BaseModel):
 
 
 class Detokenized(BaseModel):
-    """The text of ids."""
+    """The response of /detokenize: the text of ids."""
 
     prompt: str
 
@@ -57,7 +57,7 @@ async def tokenize(
     request: Request,
     service: Served,
 ) -> Tokens:
-    """The ids of a text, or of a conversation as the chat template writes it down."""
+    """Return the ids of a text, or of a conversation as the chat template renders it."""
     if body.model is not None:
         service.require(body.model)
     if isinstance(body, bodies.TokenizeConversation):
@@ -77,7 +77,7 @@ async def tokenize(
 
 @router.post("/detokenize")
 async def detokenize(body: bodies.Detokenize, service: Served) -> Detokenized:
-    """The text of ids, special tokens included."""
+    """Return the text of ids, special tokens included."""
     if body.model is not None:
         service.require(body.model)
     service.require_ids(body.tokens, "tokens")
@@ -86,11 +86,11 @@ async def detokenize(body: bodies.Detokenize, service: Served) -> Detokenized:
 
 
 async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Prompt:
-    """The ids of a conversation.
+    """Return the ids of a conversation, rendered by the chat template.
 
     Raises:
-        RefusedError: the model has no chat template, or it did not come to an end in time.
-        UsageError: the template does not take such a conversation.
+        RefusedError: the model has no chat template, or rendering missed the deadline.
+        UsageError: the template does not accept the conversation.
     """
     if service.renderer is None:
         raise RefusedError(
@@ -123,10 +123,15 @@ async def prompt_of(request: Request, service: Service, body: bodies.Chat) -> Pr
 async def before_the_deadline(
     request: Request, service: Service, late: str
 ) -> AsyncGenerator[None, None]:
-    """What is done here ends with the deadline of a request.
+    """Cancel what runs in this context at the deadline of a request.
+
+    Args:
+        request: the request.
+        service: the service, whose limits set the deadline.
+        late: message of the error.
 
     Raises:
-        RefusedError: it is not finished then.
+        RefusedError: the deadline came before the end of the context.
     """
     left = record_of(request.scope).started + service.limits.deadline_seconds - time.monotonic()
     try:
@@ -139,6 +144,6 @@ async def before_the_deadline(
 def note_prompts(
     request: Request, service: Service, prompts: Callable[[], Sequence[object]]
 ) -> None:
-    """Have the prompts in the log, where they may be."""
+    """Add the prompts to the log line of a request, if the operator allows it."""
     if service.log_prompts:
         record_of(request.scope).fields["prompts"] = prompts()

@@ -1,8 +1,8 @@
-"""A chat template in a process of its own, where it can do no harm.
+"""Render a chat template in a process of its own, with limits of time and memory.
 
-A template is a program that came with the model. Its sandbox keeps it from everything but time and
-memory, so that its process has a limit for both: it is killed when a conversation takes too long,
-and started again for the next one.
+A template is a program that came with the model. The sandbox of Jinja limits what it can access,
+but not its time and memory, so its process has limits for both. The process is killed when a
+conversation takes too long, and started again for the next one.
 """
 
 import subprocess
@@ -14,28 +14,29 @@ from runtime.server.template_messages import Begin, Ready, Refused, Rendered
 from runtime.server.templates import ChatTemplate, Conversation
 from thanos_deploy.errors import UsageError
 
-# A long conversation takes milliseconds and a megabyte.
+# Limits of a conversation, of the start, of a prompt and of the process. A long conversation takes
+# milliseconds and a megabyte.
 SECONDS, _START_SECONDS = 5.0, 60.0
 _CHARACTERS = 16 << 20
 _MEMORY_BYTES = 1 << 30
 
 
 class Rendering:
-    """The process that renders one template; it is started with the first conversation."""
+    """The process that renders one template; it starts with the first conversation."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._begin = Begin(template.source, template.tokens)
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, conversation: Conversation, seconds: float | None = None) -> str:
-        """The prompt.
+        """Return the prompt of a conversation.
 
         Args:
-            conversation: what to write down.
-            seconds: that it may take; None for as long as any conversation may.
+            conversation: the conversation to render.
+            seconds: time limit; None for `SECONDS`.
 
         Raises:
-            UsageError: the template does not take such messages, or not within its limits.
+            UsageError: the template does not accept these messages, or exceeds its limits.
         """
         process = self._process or self._start()
         match _ask(process, conversation, SECONDS if seconds is None else seconds):
@@ -56,7 +57,7 @@ class Rendering:
                 )
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, whatever it is doing."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -66,7 +67,7 @@ class Rendering:
         self._process = subprocess.Popen(
             [
                 sys.executable,
-                "-P",  # nothing is imported from the folder that this was started in
+                "-P",  # nothing is imported from the current folder
                 "-m",
                 "runtime.server.template_worker",
                 str(_CHARACTERS),
@@ -75,7 +76,7 @@ class Rendering:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        # A busy machine takes a moment to start it, which no conversation is charged with.
+        # The start takes a while on a busy machine; this time does not count for a conversation.
         if _ask(self._process, self._begin, _START_SECONDS) is None:
             self.close()
             raise RuntimeError("the process for the chat template did not start")
@@ -85,7 +86,11 @@ class Rendering:
 def _ask(
     process: "subprocess.Popen[bytes]", message: Begin | Conversation, seconds: float
 ) -> Ready | Rendered | Refused | None:
-    """What it says; None if it broke down or was killed, which it is after that time."""
+    """Send a message to the process, and return its reply.
+
+    Returns:
+        the reply; None if the process crashed, or was killed because the time was over.
+    """
     assert process.stdin
     assert process.stdout
     timer = threading.Timer(seconds, process.kill)

@@ -8,7 +8,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Numbers of tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -19,7 +19,7 @@ class CompletionLogprobs(BaseModel):
     """Natural logarithms of probabilities, token by token.
 
     A token that is no text by itself, such as half a character, is called token_id:NUMBER. The
-    first token of a prompt follows nothing, so it has null.
+    first token of a prompt has null, because nothing precedes it.
     """
 
     tokens: list[str]
@@ -38,7 +38,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer of POST /v1/completions, and what its stream has in each event."""
+    """The response of POST /v1/completions, and each event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -61,7 +61,7 @@ class Logprob(BaseModel):
 
 
 class TokenLogprob(Logprob):
-    """A token of the answer, and the likeliest ones in its place."""
+    """A token of the answer, and the likeliest tokens in its place."""
 
     top_logprobs: list[Logprob]
 
@@ -89,17 +89,17 @@ class ToolCall(BaseModel):
 
 
 class ToolCallDelta(ToolCall):
-    """The same within a stream.
+    """A call of a function within a stream.
 
     Attributes:
-        index: of the call within its answer.
+        index: index of the call within its answer.
     """
 
     index: int
 
 
 class Answer(BaseModel):
-    """What the model says."""
+    """The message of the model."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
@@ -117,7 +117,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer of POST /v1/chat/completions."""
+    """The response of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -128,7 +128,7 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new in an answer; only what is new is sent."""
+    """The new part of an answer; fields without anything new are left out."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -145,7 +145,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """What the stream of POST /v1/chat/completions has in each event."""
+    """Each event of the stream of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -166,7 +166,7 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All of them: one, under each of its names."""
+    """The models that are served: one, under each of its names."""
 
     object: Literal["list"] = "list"
     data: list[Model]

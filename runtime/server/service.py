@@ -24,27 +24,28 @@ from runtime.server.watched import Watched
 from runtime.text import Tokenizer
 from thanos_deploy.errors import UsageError
 
-# Of one response: that many are some 50 MB of JSON.
+# Most log probabilities in one response: some 50 MB of JSON.
 _LOGPROBS = 400_000
 
 T = TypeVar("T")
 
-# Ids of one.
+# The token ids of one prompt.
 Prompt = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one request.
+    """The limits of one request, and of the connections to the server.
 
     Attributes:
-        answers: to its prompts, all together.
-        new_tokens: the most tokens of an answer; None for what the model takes.
-        body_bytes: of the body.
-        deadline_seconds: from the arrival of the request to the last byte of the answer.
-        connections: of clients at the same time; one more is answered 503 and closed.
-        tensor_tokens: the most ids of one request for logits, its whole batch; None for as many as
-            the slots take.
+        answers: largest number of answers to all prompts of a request together.
+        new_tokens: largest number of tokens of an answer; None for as many as the model takes.
+        body_bytes: largest size of the body.
+        deadline_seconds: longest time from the arrival of the request to the end of the answer.
+        connections: largest number of connections at the same time; see
+            `runtime.server.connections`.
+        tensor_tokens: largest number of ids of one request for logits, over its whole batch; None
+            for as many as the slots take.
     """
 
     answers: int
@@ -56,14 +57,14 @@ class Limits:
 
 
 class Forward:
-    """Forward passes beside the batch, one at a time; the others wait in line."""
+    """Forward passes apart from the batch, one at a time; the others wait in a queue."""
 
     def __init__(self, engine: ServingEngine, *, queue: int) -> None:
-        """Take requests.
+        """Start with an empty queue.
 
         Args:
-            engine: computes them.
-            queue: the most that wait.
+            engine: runs the forward passes.
+            queue: largest number of forward passes that wait.
         """
         self._engine = engine
         self._room = threading.Semaphore(queue + 1)
@@ -71,25 +72,27 @@ class Forward:
         self._closing = threading.Event()
 
     async def logits(self, ids: Ids, mask: Ids | None) -> Logits:
-        """float32[batch, vocabulary], what follows the last tokens; see `Engine.prefill`.
+        """Return the logits after the last tokens, float32[batch, vocabulary].
+
+        The arguments are those of `Engine.prefill`.
 
         Raises:
-            Busy: too many wait already.
-            UsageError: the engine cannot read them.
+            Busy: the queue is full.
+            UsageError: the engine cannot read the ids.
         """
         return await self._run(lambda given_up: self._engine.logits(ids, mask, given_up))
 
     async def score(self, prompts: Sequence[Prompt], alternatives: int) -> list[list[Token]]:
-        """The log probabilities of prompts: of each its tokens, the first without any.
+        """Return the tokens of each prompt with their log probabilities; the first token has none.
 
         Args:
-            prompts: each at least one id.
-            alternatives: how many of the likeliest tokens are given beside each.
+            prompts: the ids of each prompt, at least one.
+            alternatives: number of likeliest tokens that are reported beside each token.
 
         Raises:
-            Busy: too many wait already.
+            Busy: the queue is full.
             InputError: the graph gives the logits after the last token only.
-            UsageError: the engine cannot read them.
+            UsageError: the engine cannot read a prompt.
         """
 
         def score(given_up: Callable[[], bool]) -> list[list[Token]]:
@@ -97,7 +100,7 @@ class Forward:
             for prompt in prompts:
                 tokens, following = [Token(prompt[0], None)], iter(prompt[1:])
                 for part in self._engine.score(prompt, given_up):
-                    # What follows the last token is not in the prompt.
+                    # The logits after the last token are for a token beyond the prompt.
                     tokens += [
                         token_of(token, row, alternatives)
                         for row, token in zip(part, following, strict=False)
@@ -108,12 +111,12 @@ class Forward:
         return await self._run(score)
 
     async def _run(self, work: Callable[[Callable[[], bool]], T]) -> T:
-        """Do some work when its turn comes; it is told when nobody waits for it any more."""
+        """Run `work` when its turn comes; its argument returns True once nobody waits for it."""
         if not self._room.acquire(blocking=False):
             raise Busy("too many requests wait for a forward pass", fix="try again later")
         gone = threading.Event()
         future = self._worker.submit(work, lambda: gone.is_set() or self._closing.is_set())
-        # Whoever gives up leaves the line at once, and the worker before its next piece.
+        # Cancelled work leaves the queue at once, or stops before its next piece if it is running.
         future.add_done_callback(lambda _: self._room.release())
         try:
             return await asyncio.wrap_future(future)
@@ -121,16 +124,16 @@ class Forward:
             gone.set()
 
     def close(self) -> None:
-        """Give up what runs."""
+        """Stop the running forward pass before its next piece, and drop the waiting ones."""
         self._closing.set()
         self._worker.shutdown(cancel_futures=True)
 
 
 class Compiler:
-    """Compiles grammars, one at a time; the others wait in line."""
+    """Compiles grammars, one at a time; the others wait in a queue."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, *, queue: int) -> None:
-        """Take grammars; see `Grammars`, which is made with the first one."""
+        """Start with an empty queue; the first grammar creates a `Grammars` of these arguments."""
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._grammars: Grammars | None = None
@@ -140,9 +143,12 @@ class Compiler:
     async def compile(self, grammar: Callable[[], str]) -> Grammar:
         """Make a grammar, and compile it.
 
+        Args:
+            grammar: makes the grammar; called on the thread that compiles it.
+
         Raises:
-            Busy: too many wait already.
-            UsageError: see `Grammars.compile`.
+            Busy: the queue is full.
+            UsageError: the form of the answer cannot be read; see also `Grammars.compile`.
             PlatformError, InputError: see `Grammars`.
         """
         if not self._room.acquire(blocking=False):
@@ -152,7 +158,7 @@ class Compiler:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Take no more; what runs is not waited for."""
+        """Drop the waiting grammars, and do not wait for the one that is being compiled."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, grammar: Callable[[], str]) -> Grammar:
@@ -172,18 +178,18 @@ class Service:
     """One model behind HTTP.
 
     Attributes:
-        names: of the model, as clients call it; the first is its own.
-        engine: holds the model.
-        batcher: what makes it answer.
-        forward: what computes logits for whoever wants no text.
-        tokenizer: of the same bundle.
-        renderer: writes conversations down; None if the model has no chat template.
-        compiler: of the forms that answers have to have.
-        watched: the files that are read for as long as it runs.
-        limits: of a request.
-        metrics: what is counted.
-        log_prompts: texts may be written to the log.
-        started: when, in seconds of Unix time.
+        names: names of the model for clients; the first one is its main name.
+        engine: the engine that holds the model.
+        batcher: generates text.
+        forward: computes logits, and the log probabilities of prompts.
+        tokenizer: the tokenizer of the same bundle.
+        renderer: renders conversations; None if the model has no chat template.
+        compiler: compiles the grammars that answers must follow.
+        watched: the files that are mapped into memory while the server runs.
+        limits: the limits of a request.
+        metrics: the metrics of the server.
+        log_prompts: write prompts and answers to the log.
+        started: start of the service, in seconds of Unix time.
     """
 
     names: tuple[str, ...]
@@ -203,7 +209,7 @@ class Service:
         """Refuse a request for another model.
 
         Raises:
-            RefusedError: it is not the one that is served.
+            RefusedError: the served model has no such name.
         """
         if model not in self.names:
             raise RefusedError(
@@ -215,10 +221,10 @@ class Service:
             )
 
     def require_ready(self) -> None:
-        """Refuse to be sent requests when what is served is not what is on the disk any more.
+        """Report that the server is not ready if the served model is no longer the one on disk.
 
         Raises:
-            RefusedError: a file that was mapped has changed.
+            RefusedError: a file that is mapped into memory has changed.
         """
         if (path := self.watched.changed()) is not None:
             raise RefusedError(
@@ -229,7 +235,7 @@ class Service:
 
     @property
     def name(self) -> str:
-        """Its own name."""
+        """The main name of the model."""
         return self.names[0]
 
     def answer(
@@ -241,19 +247,19 @@ class Service:
         echoed: Sequence[Sequence[Token]] = (),
         grammar: Grammar | None = None,
     ) -> Answers:
-        """Begin to answer.
+        """Submit the answers to a request to the batcher.
 
         Args:
-            prompts: at least one; see `require_prompts`.
-            asked: what is asked for.
-            arrived: when the request did, on the clock `time.monotonic`.
-            echoed: the tokens of each prompt, if they come before its answers.
-            grammar: of every answer; None for any text.
+            prompts: the ids of each prompt, at least one; see `require_prompts`.
+            asked: the options of the request.
+            arrived: time at which the request came, on the clock `time.monotonic`.
+            echoed: the tokens of each prompt, if its answers are to begin with them.
+            grammar: the grammar that every answer must follow; None for any text.
 
         Raises:
-            RefusedError: it asks for more than the limits or the model allow.
-            Busy: there is no room now.
-            UsageError: a prompt cannot be read.
+            RefusedError: the request asks for more than the limits or the model allow.
+            Busy: the batcher's queue is full.
+            UsageError: the engine cannot read a prompt.
         """
         self.require_prompts(prompts, asked)
         wanted = [self._new_tokens(len(prompt), asked) for prompt in prompts]
@@ -286,10 +292,10 @@ class Service:
         )
 
     def require_prompts(self, prompts: Sequence[Prompt], asked: Asked) -> None:
-        """Refuse what is not to be begun.
+        """Refuse a request that exceeds the limits or that the model cannot answer.
 
         Raises:
-            RefusedError: it asks for more than the limits or the model allow.
+            RefusedError: the request asks for more than the limits or the model allow.
         """
         answers = len(prompts) * asked.copies
         if answers > self.limits.answers:
@@ -328,7 +334,7 @@ class Service:
         """Refuse ids that are outside of the vocabulary.
 
         Raises:
-            RefusedError: one is.
+            RefusedError: an id is outside of the vocabulary.
         """
         if not all(0 <= token < self.engine.vocabulary for token in ids):
             raise RefusedError(
@@ -344,13 +350,13 @@ class Service:
         return asked.stop_ids | (frozenset() if asked.ignore_eos else self.tokenizer.stop)
 
     def retry_after(self) -> int:
-        """Seconds in which a slot is likely to become free, at least 1."""
+        """Estimate the seconds until a slot becomes free, at least 1."""
         return max(1, math.ceil(self.metrics.mean_answer_seconds / self.engine.slots))
 
     def _new_tokens(self, prompt: int, asked: Asked) -> int:
-        """The most tokens of an answer to a prompt of so many."""
+        """Return the largest number of tokens of an answer to a prompt of `prompt` tokens."""
         wanted, usual = asked.new_tokens, asked.usual_tokens
-        # The last token is not read any more.
+        # The last token is never fed back to the engine.
         room = self.engine.max_sequence - prompt + 1
         if room < (1 if wanted is None else wanted):
             raise RefusedError(
@@ -376,5 +382,5 @@ def _served(request: HttpRequest) -> Service:
     return service
 
 
-# What a route declares to be handed the service.
+# The type of a parameter of a route to which FastAPI passes the service.
 Served = Annotated[Service, Depends(_served)]

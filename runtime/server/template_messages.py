@@ -1,7 +1,7 @@
-"""What `rendering` tells the process of a chat template, `template_worker`, and what that answers.
+"""Messages between `rendering` and the process of a chat template, `template_worker`.
 
-Each message is a line of JSON. The process answers once it has compiled the template, and then
-every conversation.
+Each message is a line of JSON. The process sends one reply when it has compiled the template, and
+then one to every conversation.
 """
 
 import json
@@ -14,7 +14,7 @@ from thanos_deploy.bundle.codec import decode, encode
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The template that is to be rendered; see `ChatTemplate`."""
+    """The template to compile; see `ChatTemplate`."""
 
     source: str
     tokens: Mapping[str, str]
@@ -43,26 +43,26 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer; no two kinds have the same fields."""
+    """A reply of the process; its kind is known from the fields, which are different in each."""
 
     said: Ready | Rendered | Refused
 
 
 def line(message: Begin | Conversation | Reply) -> bytes:
-    """A message as the line that is sent."""
+    """Encode a message as the line to send."""
     return json.dumps(encode(message)).encode() + b"\n"
 
 
 def begin(line: bytes) -> Begin:
-    """The message with which the process begins."""
+    """Decode the first message to the process."""
     return decode(Begin, json.loads(line))
 
 
 def conversation(line: bytes) -> Conversation:
-    """A conversation that is to be rendered."""
+    """Decode a conversation to render."""
     return decode(Conversation, json.loads(line))
 
 
 def reply(line: bytes) -> Ready | Rendered | Refused:
-    """The answer in a line."""
+    """Decode a reply of the process."""
     return decode(Reply, json.loads(line)).said

@@ -14,11 +14,11 @@ from thanos_deploy.errors import UsageError
 
 
 def serve(characters: int, memory_bytes: int) -> None:
-    """Render what comes on standard input, a line each, until it ends.
+    """Render the conversations on standard input, one per line, until its end.
 
     Args:
-        characters: that a prompt may have.
-        memory_bytes: address space that this process may take.
+        characters: longest prompt, in characters.
+        memory_bytes: largest address space of this process, in bytes.
     """
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     first = messages.begin(sys.stdin.buffer.readline())

@@ -3,8 +3,8 @@
 The server renders them in a process of its own: see `runtime.server.rendering`.
 
 The environment (sandbox, whitespace, extra functions) is described in the documentation of
-transformers, "Writing a chat template". Templates come with the model; nothing that they do can
-leave the sandbox, and what they refuse is an error of whoever sent the messages.
+transformers, "Writing a chat template". Templates come with the model, so they run in a sandbox of
+Jinja. An exception of a template counts as an error in the client's messages.
 """
 
 import json
@@ -21,20 +21,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thanos_deploy.errors import UsageError
 
-# Marks a place in a text; no text of Unicode's assigned characters has it.
+# Marks the end of a text; has noncharacters of Unicode, which ordinary text does not contain.
 _END = "\ufdd0end\ufdd1"
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What is to be written down.
+    """A conversation to render.
 
     Attributes:
-        messages: with `role` and `content`.
-        begin: the beginning of the answer follows them.
-        go_on: the last of them is not ended, so that the answer goes on with it.
+        messages: messages with `role` and `content`.
+        begin: add the beginning of the answer after the last message.
+        go_on: leave the last message open, so that the answer continues it.
         tools: functions that the model may call, as OpenAI's API describes them; None for none.
-        variables: whatever else the template understands.
+        variables: further variables for the template.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -45,23 +45,23 @@ class Conversation:
 
 
 class ChatTemplate:
-    """How a model wants a conversation written down.
+    """The template with which a model's conversations are rendered.
 
     Attributes:
-        source: of the template.
-        tokens: special tokens by the names that templates have for them.
-        takes_tools: it describes functions that the model may call.
+        source: source of the template.
+        tokens: maps the names that templates use, such as `bos_token`, to special tokens.
+        takes_tools: the template describes functions that the model may call.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
         """Compile a template.
 
         Args:
-            source: the template.
-            tokens: special tokens by the names that templates have for them, such as `bos_token`.
+            source: source of the template.
+            tokens: maps the names that templates use, such as `bos_token`, to special tokens.
 
         Raises:
-            jinja2.TemplateSyntaxError: it is no template.
+            jinja2.TemplateSyntaxError: the source is not a valid template.
         """
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -75,14 +75,14 @@ class ChatTemplate:
         self.tokens = dict(tokens)
 
     def render(self, conversation: Conversation, *, most: int | None = None) -> str:
-        """The prompt.
+        """Return the prompt of a conversation.
 
         Args:
-            conversation: what to write down.
-            most: characters that it may have; None for any number.
+            conversation: the conversation to render.
+            most: longest prompt, in characters; None for any length.
 
         Raises:
-            UsageError: the template does not take such messages, or makes more of them.
+            UsageError: the template does not accept these messages, or the prompt is too long.
         """
         messages = list(conversation.messages)
         if conversation.go_on:
@@ -124,7 +124,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` around what the model is to learn: without meaning for a prompt."""
+    """The tag `{% generation %}` around text to train on, which has no effect on a prompt."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
@@ -134,7 +134,7 @@ class _Generation(Extension):
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Unlike Jinja's own filter, without escapes for HTML."""
+    """Convert to JSON without HTML escapes, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

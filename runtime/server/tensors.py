@@ -4,8 +4,8 @@
     attention_mask  INT64 [batch, tokens], optional; 0 for padding, which must be on the left
     logits          FP32  [batch, vocabulary], after the last token
 
-Tensors come and go as JSON, or as bytes behind it (Triton's binary tensor data extension). The
-forward pass is the model's own, beside the batch that writes texts; one is computed at a time.
+Tensors are sent as JSON, or as bytes after the JSON (Triton's binary tensor data extension).
+Forward passes run apart from the batch that generates text, one at a time.
 
 Source: https://github.com/kserve/open-inference-protocol, rest/predict-v2, and Triton Inference
 Server's documentation of the extension.
@@ -31,31 +31,31 @@ from runtime.server.prompts import before_the_deadline
 from runtime.server.service import Served, Service
 from thanos_deploy import __version__
 
-# A bundle has one.
+# The only version: a bundle has one model.
 _VERSION = "1"
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 
-# What is wrong with the first number that is none is enough to know.
+# Validation stops at the first item that is not a number.
 _FAST = Field(fail_fast=True)
 
 Number = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 
 class _Loose(BaseModel):
-    """Fields that the protocol or an extension of it has beside those here are not an error."""
+    """A part of a body that ignores other fields, which the protocol or an extension may have."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class InputParameters(_Loose):
-    """How an input comes."""
+    """The parameters of an input."""
 
     binary_data_size: Annotated[int, Field(ge=0)] | None = None
 
 
 class Input(_Loose):
-    """A tensor, with its data here or behind the JSON."""
+    """An input tensor, with its data here or after the JSON."""
 
     name: Literal["input_ids", "attention_mask"]
     datatype: Literal["INT64"]
@@ -70,20 +70,20 @@ class Input(_Loose):
 
 
 class OutputParameters(_Loose):
-    """How an output is to come."""
+    """The parameters of an output."""
 
     binary_data: bool | None = None
 
 
 class Output(_Loose):
-    """An output that is asked for."""
+    """An output that the client asks for."""
 
     name: Literal["logits"]
     parameters: OutputParameters = OutputParameters()
 
 
 class InferParameters(_Loose):
-    """How all outputs are to come."""
+    """The parameters of all outputs."""
 
     binary_data_output: bool = False
 
@@ -98,7 +98,7 @@ class InferRequest(_Loose):
 
     @property
     def binary_output(self) -> bool:
-        """The logits are to come as bytes."""
+        """Whether the logits are to be sent as bytes."""
         asked = self.outputs[0].parameters.binary_data if self.outputs else None
         return self.parameters.binary_data_output if asked is None else asked
 
@@ -112,7 +112,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """What a model takes and gives."""
+    """The inputs and outputs of a model."""
 
     name: str
     versions: list[str]
@@ -122,7 +122,7 @@ class ModelMetadata(BaseModel):
 
 
 class ServerMetadata(BaseModel):
-    """What this server is."""
+    """Name, version and extensions of the server."""
 
     name: str
     version: str
@@ -130,19 +130,19 @@ class ServerMetadata(BaseModel):
 
 
 class Live(BaseModel):
-    """What /v2/health/live says."""
+    """The response of /v2/health/live."""
 
     live: bool
 
 
 class Ready(BaseModel):
-    """What /v2/health/ready says."""
+    """The response of /v2/health/ready."""
 
     ready: bool
 
 
 class ModelReady(Ready):
-    """What /v2/models/NAME/ready says."""
+    """The response of /v2/models/NAME/ready."""
 
     name: str
 
@@ -179,7 +179,7 @@ router = APIRouter(prefix="/v2", responses=_ERRORS, tags=["Open Inference Protoc
 
 @router.get("")
 async def server() -> ServerMetadata:
-    """What this server is."""
+    """Describe the server."""
     return ServerMetadata(
         name="thanos-deploy", version=__version__, extensions=["binary_tensor_data"]
     )
@@ -187,13 +187,13 @@ async def server() -> ServerMetadata:
 
 @router.get("/health/live")
 async def live() -> Live:
-    """The server answers."""
+    """Report that the server responds."""
     return Live(live=True)
 
 
 @router.get("/health/ready")
 async def ready(service: Served) -> Ready:
-    """The model is loaded, and requests are taken."""
+    """Report that the model is loaded and requests are accepted."""
     service.require_ready()
     return Ready(ready=True)
 
@@ -201,7 +201,7 @@ async def ready(service: Served) -> Ready:
 @router.get("/models/{name:path}/versions/{version}/ready")
 @router.get("/models/{name:path}/ready")
 async def model_ready(name: str, service: Served, version: str = _VERSION) -> ModelReady:
-    """Likewise, of a model."""
+    """Report that a model is loaded and requests are accepted."""
     _require(service, name, version)
     service.require_ready()
     return ModelReady(name=name, ready=True)
@@ -214,7 +214,7 @@ async def model_ready(name: str, service: Served, version: str = _VERSION) -> Mo
 )
 @router.post("/models/{name:path}/infer", response_model=InferResponse, openapi_extra=_BODY)
 async def infer(name: str, request: Request, service: Served, version: str = _VERSION) -> Response:
-    """The logits after the last token of every sequence."""
+    """Return the logits after the last token of every sequence."""
     _require(service, name, version)
     asked, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
     ids, mask = _ids_and_mask(tensors)
@@ -236,14 +236,14 @@ async def infer(name: str, request: Request, service: Served, version: str = _VE
         request, service, "the logits were not computed before the deadline"
     ):
         logits = await unless_gone(request, service.forward.logits(ids, mask))
-    # A vocabulary of numbers for each sequence: nobody else is to wait until they are written.
+    # Each sequence has as many logits as the vocabulary has ids: too many for the event loop.
     return await asyncio.to_thread(_written, asked, service.name, logits)
 
 
 @router.get("/models/{name:path}/versions/{version}")
 @router.get("/models/{name:path}")
 async def metadata(name: str, service: Served, version: str = _VERSION) -> ModelMetadata:
-    """What the model takes and gives."""
+    """Describe the inputs and outputs of the model."""
     _require(service, name, version)
     return ModelMetadata(
         name=service.name,
@@ -270,14 +270,14 @@ def _require(service: Service, name: str, version: str) -> None:
 
 
 def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, Ids]]:
-    """The parts of the body of a request: its JSON, and the tensors by name.
+    """Parse the body of a request into its JSON, and its tensors by name.
 
     Args:
-        body: JSON, and bytes behind it.
-        json_length: how many bytes the JSON has; None for all.
+        body: JSON, and the bytes of binary tensors after it.
+        json_length: length of the JSON in bytes, from the header; None if there is only JSON.
 
     Raises:
-        RefusedError: it is not as the protocol says.
+        RefusedError: the body does not follow the protocol.
     """
     if json_length is not None and not re.fullmatch("[0-9]{1,9}", json_length):
         raise RefusedError(400, f"{_JSON_LENGTH}: not a number of bytes")
@@ -325,7 +325,7 @@ def _ids_and_mask(tensors: dict[str, Ids]) -> tuple[Ids, Ids | None]:
     if "input_ids" not in tensors:
         raise RefusedError(400, "the input input_ids is missing")
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
-    # 0 for padding on the left, then 1, of which the last token has one.
+    # 0 for padding on the left, then 1, at least for the last token.
     if mask is not None and not (
         mask.shape == ids.shape
         and np.isin(mask, (0, 1)).all()

@@ -1,4 +1,4 @@
-"""Functions that a model may call: how they are offered, and how its calls are read.
+"""Functions that a model may call: how they are described to it, and how its calls are read.
 
 A call is written as models of the Hermes and Qwen families are trained to:
 
@@ -6,8 +6,8 @@ A call is written as models of the Hermes and Qwen families are trained to:
     {"name": "weather", "arguments": {"city": "Paris"}}
     </tool_call>
 
-A chat template that takes tools describes them in its own words. For one that does not, a system
-message does.
+A chat template that takes tools describes the functions in its own words. For any other template, a
+system message describes them.
 """
 
 import json
@@ -21,10 +21,10 @@ from thanos_deploy.bundle.codec import loads
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 
-# Arguments of which nothing is said.
+# Schema of the arguments of a function that has no schema.
 _ANY: Mapping[str, Any] = {"type": "object"}
 
-# Calls in one answer to a request that wants at least one.
+# Most calls in one answer to a request that requires calls.
 _MOST_CALLS = 8
 
 
@@ -33,8 +33,8 @@ class Call:
     """A function that the model calls.
 
     Attributes:
-        name: of the function.
-        arguments: as JSON.
+        name: name of the function.
+        arguments: the arguments, as JSON.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Call:
 def offered(
     conversation: Conversation, tools: Sequence[Mapping[str, Any]], *, native: bool
 ) -> Conversation:
-    """A conversation in which the model learns of functions, and of the calls so far.
+    """Return a conversation that tells the model of functions, and of the calls so far.
 
     Args:
-        conversation: what is to be written down; the arguments of its calls are objects.
-        tools: as OpenAI's API describes them.
+        conversation: the conversation to render; the arguments of its calls are objects.
+        tools: the functions, as OpenAI's API describes them.
         native: the chat template takes tools.
     """
     if native:
@@ -72,7 +72,7 @@ def offered(
 
 
 def _written(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose calls are part of its text."""
+    """Return a message with its calls written into its text."""
     plain = {key: value for key, value in message.items() if key != "tool_calls"}
     calls = [
         f"{_BEGIN}\n{json.dumps(call['function'], ensure_ascii=False)}\n{_END}"
@@ -84,12 +84,12 @@ def _written(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grammar(tools: Sequence[Mapping[str, Any]], *, required: bool, most: int | None = None) -> str:
-    """The grammar of answers that call functions.
+    """Return the grammar of answers that call functions.
 
     Args:
-        tools: as OpenAI's API describes them.
-        required: the answer is calls and nothing else; otherwise it may have calls.
-        most: calls in it; None for several.
+        tools: the functions, as OpenAI's API describes them.
+        required: the answer consists of calls only; otherwise it may have text and calls.
+        most: 1 for at most one call; None for several.
     """
     bodies = [
         json.dumps(f'{{"name": {json.dumps(tool["function"]["name"])}, "arguments": ')
@@ -119,13 +119,13 @@ def grammar(tools: Sequence[Mapping[str, Any]], *, required: bool, most: int | N
 
 
 class Calls:
-    """Reads an answer as it comes: text, and calls of functions, each as soon as it is whole."""
+    """Reads an answer as it comes: text, and calls of functions, each as soon as it is complete."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, list[Call]]:
-        """What is certain with some more text: text that belongs to no call, and calls."""
+        """Add text, and return what is certain now: text outside of calls, and complete calls."""
         self._held += text
         plain, calls = "", []
         while (begin := self._held.find(_BEGIN)) >= 0:
@@ -144,13 +144,13 @@ class Calls:
         return plain, calls
 
     def finish(self) -> str:
-        """What was held back, at the end of an answer: text after all."""
+        """Return what was held back, at the end of an answer: it is text after all."""
         held, self._held = self._held, ""
         return held
 
 
 def _read(text: str) -> Call | None:
-    """A call; None if it is not written like one."""
+    """Parse a call; return None if the text is not a valid one."""
     try:
         content = loads(text)
         name, arguments = content["name"], content["arguments"]
@@ -160,7 +160,7 @@ def _read(text: str) -> Call | None:
 
 
 def _doubtful(text: str) -> int:
-    """How many characters at the end may begin a call."""
+    """Return how many characters at the end of a text may begin a call."""
     return max(
         (length for length in range(1, len(_BEGIN)) if text.endswith(_BEGIN[:length])), default=0
     )

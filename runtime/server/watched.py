@@ -1,8 +1,8 @@
-"""Files that are read for as long as the server runs, because they are mapped into its memory.
+"""Detect changes of files that are mapped into the memory of a running server.
 
-Whoever writes into such a file changes the weights under a running server; a file that is cut off
-ends its process. To put another file in its place, under the same name, harms nothing, but what is
-served is still the old one. Either way the server is no longer one to send requests to.
+Writing into such a file changes the weights of the running server; truncating it crashes the
+process. Putting another file in its place, under the same name, does no harm, but the server goes
+on to serve the old one. In all these cases, the server should not get any more requests.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 class Watched:
-    """Some files as they were."""
+    """Some files, and their state when they were first looked at."""
 
     def __init__(self, paths: Sequence[Path] = ()) -> None:
-        """Look at them for the first time."""
+        """Record the present state of the files."""
         self._seen = {path: _look(path) for path in paths}
 
     def changed(self) -> Path | None:
-        """One that is another file now, or was written to; None if there is none."""
+        """Return a file that was replaced or written to; None if there is none."""
         return next((path for path, seen in self._seen.items() if _look(path) != seen), None)
 
 
 def _look(path: Path) -> tuple[int, ...] | None:
-    """What changes with a file; None if there is none."""
+    """Return the identity, size and time of change of a file; None if it is missing."""
     try:
         found = path.stat()
     except OSError:
