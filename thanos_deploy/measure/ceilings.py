@@ -5,7 +5,8 @@ has to read every weight and the KV cache of earlier tokens, to write the KV cac
 tokens, and to multiply. It takes at least as long as the slower of memory traffic and arithmetic
 (Williams, Waterman and Patterson, "Roofline", 2009). Everything else that an engine does is left
 out, so the time is a lower bound: activations, normalisations and the softmax. Reads that processor
-caches save are not counted either.
+caches save are not counted either. Two simplifications are not in the engine's favour: a sliding
+window counts as the whole sequence, and so does the part of a KV cache outside it.
 """
 
 import math
@@ -29,6 +30,9 @@ _REPEATS = 8
 # Rows and columns of the square matrices that are multiplied to measure the peak: large enough to
 # fill the device, small enough to take less than a second.
 _MATRIX = {"cpu": 2048, "cuda": 8192}
+
+# Number of the input of GroupQueryAttention that is [batch, key-value heads, past tokens, dim].
+_PAST_KEY = 3
 
 # Calls in one CUDA graph, so that its launch is a small part of the measured time.
 _CALLS = 4
@@ -67,8 +71,8 @@ class Work:
         flops_per_token: operations of the layers with weights, for each token.
         flops_per_sequence: operations of the output head for each sequence, if the graph computes
             logits for the last token only; otherwise 0, and `flops_per_token` includes the head.
-        flops_per_pair: operations of attention, for each pair of a new token and a token of its
-            sequence. Masked pairs count, because a graph with plain products computes them.
+        flops_per_pair: operations of attention, for each pair of a new token and a token that it
+            attends to: itself, or an earlier token of its sequence.
     """
 
     weight_bytes: int
@@ -86,9 +90,10 @@ class Work:
             past: tokens of each sequence in the KV cache.
         """
         moved = self.weight_bytes + batch * (past + tokens) * self.cache_bytes_per_token
-        flops = batch * tokens * (self.flops_per_token + (past + tokens) * self.flops_per_pair)
-        flops += batch * self.flops_per_sequence
-        return moved, flops
+        # Plain products compute the masked pairs too, but an engine can leave them out.
+        pairs = tokens * past + tokens * (tokens + 1) // 2
+        flops = tokens * self.flops_per_token + pairs * self.flops_per_pair
+        return moved, batch * (flops + self.flops_per_sequence)
 
 
 def computed_in(dtype: str, *, provider: str) -> str:
@@ -147,9 +152,6 @@ def ceiling(work: Work, scenario: Scenario, machine: Machine, arithmetic: str) -
 def count(path: Path, *, cache_bytes_per_token: int) -> Work:
     """Count the work of a graph that `exporters.onnx` has written; weights are not read.
 
-    The attention of a neutral graph is counted. That of an "ort" graph, which is the operator
-    GroupQueryAttention, is not, so the ceiling is then a looser bound.
-
     Args:
         path: the ONNX file.
         cache_bytes_per_token: bytes of KV cache for each token of a sequence, as in export.json.
@@ -163,19 +165,23 @@ def count(path: Path, *, cache_bytes_per_token: int) -> Work:
             source[node.output[0]] = node.input[0]
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in graph.value_info
+        for value in (*graph.value_info, *graph.input)
     }
     reader = {name: node for node in graph.node for name in node.input}
     read: set[str] = set()
     flops: dict[str, int] = {}  # for one token, of each layer with weights, by name of its output
     flops_per_pair = 0
     for node in graph.node:
-        if node.op_type != "Gather":  # a Gather reads single rows only
+        # These read single rows only: of an embedding, and of the tables of rotary embeddings.
+        if node.op_type not in ("Gather", "GroupQueryAttention"):
             read.update(source[name] for name in node.input if name in source)
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
         match node.op_type:
             case "MatMulNBits":
-                sizes = {attribute.name: attribute.i for attribute in node.attribute}
                 flops[node.output[0]] = 2 * sizes["K"] * sizes["N"]
+            case "GroupQueryAttention":
+                dim = shapes[node.input[_PAST_KEY]][-1]
+                flops_per_pair += 2 * 2 * sizes["num_heads"] * int(dim)
             case "MatMul" | "Gemm" if node.input[1] in source:
                 flops[node.output[0]] = 2 * math.prod(weights[source[node.input[1]]].dims)
             # Attention is two products of equal work: the scores, and the weighted sum of values.

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import exporters.onnx.graph
-from tests.conftest import MakeModel, stock_model
+from tests.conftest import Exported, MakeModel, stock_model
 from thanos_deploy.measure import ceilings
 from thanos_deploy.measure.ceilings import Machine, Work
 from thanos_deploy.measure.latency import Decode, Generate, OpenLoop, Prefill, Scenario
@@ -44,8 +44,21 @@ def test_operations_are_those_that_pytorch_counts(
             ids = torch.zeros(batch, tokens, dtype=torch.int64)
             model(ids, use_cache=False, logits_to_keep=kept)
         _, flops = work.step(batch=batch, tokens=tokens, past=0)
-        # PyTorch also counts the angles of rotary embeddings: head_dim for each token.
-        assert flops == pytest.approx(counter.get_total_flops(), rel=2e-3)
+        # PyTorch multiplies the masked pairs too. It also counts the angles of rotary embeddings:
+        # head_dim for each token.
+        masked = batch * work.flops_per_pair * tokens * (tokens - 1) // 2
+        assert flops + masked == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+def test_the_work_of_onnxruntime_s_own_attention_is_counted_too(exported_ort: Exported) -> None:
+    out = exported_ort("llama")
+    work, model = counted(out / "onnx"), stock_model(out / "model", dtype=torch.float32)
+    config = model.config
+    blocks, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    assert work.flops_per_pair == 2 * 2 * width * blocks
+    # The tables of rotary embeddings are not read as a whole.
+    parameters = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert parameters <= work.weight_bytes < 1.02 * parameters
 
 
 def test_a_head_that_reads_the_last_token_only_is_counted_once_a_sequence(
@@ -91,7 +104,8 @@ def test_quantised_weights_are_fewer_bytes_and_as_many_operations(
 
 def test_a_step_grows_with_batch_tokens_and_past() -> None:
     assert WORK.step(batch=1, tokens=1, past=0) == (1000 + 10, 600 + 2)
-    assert WORK.step(batch=3, tokens=2, past=5) == (1000 + 3 * 7 * 10, 3 * 2 * (600 + 7 * 2))
+    # The first of the two tokens attends to 6 tokens and the second one to 7.
+    assert WORK.step(batch=3, tokens=2, past=5) == (1000 + 3 * 7 * 10, 3 * (2 * 600 + (6 + 7) * 2))
 
 
 @pytest.mark.parametrize(
