@@ -1,12 +1,13 @@
 """Pruning methods, one per file.
 
-A file here is a method, and has all of it: its options, their defaults and help texts, its presets,
-and two functions, pure, deterministic, and without any knowledge of models, files or the command
-line. The command line, a dry run and the manifest find it by its name. A file whose name begins
-with an underscore is part of others. docs/develop/add-a-method.md adds one.
+Each file here defines one method completely: its options with their defaults and help texts, its
+presets, and the functions `prune` and `check`. These are pure and deterministic, and know nothing
+of models, files or the command line. The command line, the dry run and the manifest find a method
+by its name. A file whose name begins with an underscore holds code that methods share.
+docs/develop/add-a-method.md shows how to add a method.
 
-Listing the methods and their options must not pay for importing PyTorch, so a method imports it,
-and what of `thanos_deploy.solver` needs it, inside its functions.
+Listing the methods and their options must not import PyTorch. So a method imports PyTorch, and the
+modules of `thanos_deploy.solver` that need it, inside its functions.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from thanos_deploy.pattern import Pattern, SemiStructured
 if TYPE_CHECKING:
     from thanos_deploy.solver.layer import LayerProblem, LayerResult
 
-# "max" may need the whole model in memory, the others never do.
+# "max" may need the whole model in memory; the others never do.
 PRESET_NAMES = ("best", "fast", "max", "paper")
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning(Options):
-    """Steps of all linear layers of a block together, when each has been pruned or quantised.
+    """Steps that tune all linear layers of a block together, after each was pruned or quantised.
 
     Attributes:
-        tune_steps: how many; see `tune.tune`.
-        tune_nsamples: number of segments that these look at in turn: those of the statistics, and,
-            if it is more, further ones of the same text as far as it has them.
+        tune_steps: number of optimisation steps; see `tune.tune`.
+        tune_nsamples: number of segments that the steps use in turn: the segments of the statistics
+            and, if this number is larger, more segments of the same text, as far as it has them.
 
     Raises:
         UsageError: a value is out of range.
@@ -64,10 +65,10 @@ class Tuning(Options):
     )
 
     def further(self, nsamples: int) -> int:
-        """Segments that are only tuned on.
+        """Number of segments that only the tuning steps use.
 
         Args:
-            nsamples: of which statistics are taken.
+            nsamples: number of segments that the statistics are collected from.
         """
         return max(0, self.tune_nsamples - nsamples) if self.tune_steps else 0
 
@@ -82,8 +83,9 @@ class Walk(Tuning):
     Attributes:
         true_sequential: collect the statistics of each group of layers after the groups before it
             in the block are pruned, instead of all from the dense block.
-        dense_target: how far each layer aims at the output that it has in the dense model rather
-            than at its own output on the pruned model's inputs; see `hessian.retarget`.
+        dense_target: the output that each pruned layer is fitted to: 1 is the layer's output in the
+            dense model, 0 the output of its dense weight on the pruned model's inputs, and numbers
+            between mix the two; see `hessian.retarget`.
 
     Raises:
         UsageError: a value is out of range.
@@ -108,18 +110,19 @@ class Walk(Tuning):
 
     @property
     def with_dense(self) -> bool:
-        """The calibration data passes the dense model as well."""
+        """Whether the calibration data also passes through the dense model."""
         return self.dense_target > 0.0 or self.tune_steps > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A way to use a method on a whole model.
+    """Settings for pruning a whole model with a method.
 
     Attributes:
-        options: of the method.
+        options: options of the method.
         walk: how to walk through the model.
-        recover: segments to train the remaining weights on afterwards; see `recover.recover`.
+        recover: number of segments to train the remaining weights on afterwards, 0 for no training;
+            see `recover.recover`.
     """
 
     options: Options
@@ -129,19 +132,21 @@ class Preset:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method, as its file describes it.
+    """A pruning method, as its file defines it.
 
     Attributes:
-        name: of the file.
-        options: `Options`, the dataclass of what it can be told beside the pattern.
-        presets: `PRESETS`: "paper", the setting of the method's own paper; and where those are
-            others, "fast", what measured best on held-out text of what needs no pass of the dense
-            model, "best", of what takes at most 20 times as long, and "max", of anything.
+        name: name of the file.
+        options: the file's `Options`, the dataclass of all settings but the pattern.
+        presets: the file's `PRESETS`. "paper" is the setting of the method's own paper. The others
+            are given where a better setting is known. Each measured best on held-out text within a
+            limit: "fast" needs no pass of the dense model, "best" takes at most 20 units of time
+            (see docs/prune.md), and "max" has no limit.
         prune: prunes one linear layer.
-        check: refuses what `prune` could not do for a layer: its name, its number of inputs, the
-            pattern, the options.
-        divisible: for a pattern and options, whether `prune` keeps to `LayerProblem.divided`, so
-            that several can prune runs of the rows of one layer; a file need not have it.
+        check: refuses a layer that `prune` cannot handle, from its name, its number of inputs, the
+            pattern and the options.
+        divisible: returns, for a pattern and options, whether `prune` supports
+            `LayerProblem.divided`, so that several ranks can prune runs of the rows of one layer. A
+            file without it is never divided.
     """
 
     name: str
@@ -152,12 +157,12 @@ class Method:
     divisible: Callable[[Pattern, Any], bool]
 
     def preset(self, which: str) -> Preset:
-        """A preset; the paper's setting where no better one is known, and "best" for "max"."""
+        """Return a preset; "max" falls back to "best", and every preset to "paper"."""
         others = ("best", "paper") if which == "max" else ("paper",)
         return next(self.presets[name] for name in (which, *others) if name in self.presets)
 
     def choose(self, which: str, given: Mapping[str, object]) -> Options:
-        """The options of a preset, but for those that are given by their keywords.
+        """Return the options of a preset, overridden by the options given by keyword.
 
         Raises:
             UsageError: a value is out of range.
@@ -176,11 +181,11 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Method:
-    """A method by its name, imported now.
+    """Import a method by its name.
 
     Raises:
-        UsageError: there is none of that name.
-        TypeError: its file lacks something; the message says what.
+        UsageError: there is no method of that name.
+        TypeError: its file does not define a complete method; the message says what is wrong.
     """
     if name not in names():
         raise UsageError(f"--method {name!r}", fix=f"use one of {', '.join(names())}")
@@ -196,7 +201,7 @@ def _never(pattern: Pattern, options: Any) -> bool:
 
 
 def _faults(module: ModuleType) -> list[str]:
-    """What a module lacks to be a method."""
+    """List what is missing or wrong in a module that should define a method."""
     options, presets = getattr(module, "Options", None), getattr(module, "PRESETS", None)
     if not (isinstance(options, type) and issubclass(options, Options) and is_dataclass(options)):
         return ["Options, a frozen dataclass based on thanos_deploy.option.Options, is missing"]
@@ -228,9 +233,9 @@ class MethodOption:
     """An option of one or several methods.
 
     Attributes:
-        option: as they declare it.
-        methods: names of those that have it.
-        default: in words, by method and preset.
+        option: the option as the methods declare it.
+        methods: names of the methods that have it.
+        default: its defaults in words, by method and preset.
     """
 
     option: Option
@@ -239,16 +244,16 @@ class MethodOption:
 
     @property
     def help(self) -> str:
-        """What it means, after the names of the methods that have it."""
+        """The help text, after the names of the methods that have the option."""
         said = self.option.declared.help
         return f"{', '.join(self.methods)}: {said[:1].lower()}{said[1:]}"
 
 
 def method_options() -> list[MethodOption]:
-    """Every option of the methods once, in the order of their names and fields.
+    """List every option of the methods once, in the order of method names and fields.
 
     Raises:
-        TypeError: two methods mean different things by one flag.
+        TypeError: two methods declare the same flag differently.
     """
     found: dict[str, dict[str, Option]] = {}
     for name in names():
@@ -268,7 +273,7 @@ def method_options() -> list[MethodOption]:
 
 
 def _defaults(owners: Mapping[str, Option]) -> str:
-    """What an option is where it is not given, such as "sparsegpt 128, thanos 32 (paper 512)"."""
+    """The defaults of an option in words, such as "sparsegpt 128, thanos 32 (paper 512)"."""
     said = {}
     for name, one in owners.items():
         by_preset = {
@@ -286,7 +291,7 @@ def check_group(name: str, cols: int, pattern: Pattern) -> None:
     """Refuse a layer whose inputs do not divide into the groups of an n:m pattern.
 
     Raises:
-        ModelError: they do not.
+        ModelError: the number of inputs is not a multiple of the pattern's group.
     """
     if isinstance(pattern, SemiStructured) and cols % pattern.group:
         raise ModelError(

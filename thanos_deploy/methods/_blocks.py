@@ -1,4 +1,4 @@
-"""What methods share that solve blocks of columns with a factored Hessian."""
+"""Options of the methods that solve blocks of columns with a factored Hessian."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from thanos_deploy.solver.damping import Damping
 
 @dataclass(frozen=True, slots=True)
 class Blocks(Damping):
-    """Blocks of columns, and the damping of the Hessian.
+    """The size of the blocks of columns, and the damping of the Hessian.
 
     Attributes:
-        block_columns: columns of a block; a multiple of the group of an n:m pattern.
+        block_columns: number of columns of a block; a multiple of the group of an n:m pattern.
     """
 
     block_columns: int = option(
@@ -24,11 +24,11 @@ class Blocks(Damping):
         """Refuse blocks that would cut through the groups of an n:m pattern.
 
         Args:
-            name: of the layer.
-            pattern: what it is to be pruned to.
+            name: name of the layer, for the message.
+            pattern: the pattern to prune it to.
 
         Raises:
-            UsageError: they would.
+            UsageError: the block size is not a multiple of the pattern's group.
         """
         if isinstance(pattern, SemiStructured) and self.block_columns % pattern.group:
             raise UsageError(

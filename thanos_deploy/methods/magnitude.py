@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go, whatever their inputs are. Updates nothing.
+"""Magnitude pruning: remove the smallest weights, whatever their inputs are, and update no others.
 
 Cost: one sort. The baseline that every other method has to beat.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options(option.Options):
-    """It has none."""
+    """Magnitude pruning has no options."""
 
 
 PRESETS = {"paper": Preset(Options())}
@@ -27,12 +27,13 @@ PRESETS = {"paper": Preset(Options())}
 def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerResult:
     """Prune one linear layer.
 
-    Unstructured: the smallest of the whole matrix. n:m: the smallest of each group. Structured:
-    the columns with the smallest mean magnitude.
+    Removes, for unstructured patterns, the smallest weights of the whole matrix; for n:m patterns,
+    the smallest of each group; for structured patterns, the columns with the smallest mean
+    magnitude.
 
     Raises:
         ModelError: see `check`.
-        HessianError: weight or Hessian are not finite.
+        HessianError: the weight or the Hessian is not finite.
     """
     from thanos_deploy.solver.hessian import require_finite
     from thanos_deploy.solver.layer import without_update
@@ -46,12 +47,15 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
 
 
 def divisible(pattern: Pattern, options: Options) -> bool:
-    """Rows can be pruned apart: a threshold is found by counting, and groups are within rows."""
+    """Return whether ranks can prune the rows of a layer separately; false for whole columns.
+
+    The threshold of an unstructured pattern is found from counts, and n:m groups lie within rows.
+    """
     return not isinstance(pattern, Structured)
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
-    """Refuse what `prune` could not do for a layer, from its width alone.
+    """Refuse a layer that `prune` cannot handle, judged by its number of inputs alone.
 
     Raises:
         ModelError: the number of inputs is not a multiple of the pattern's group.

@@ -1,13 +1,13 @@
-"""SparseGPT: one column at a time, each error absorbed by the columns to its right.
+"""SparseGPT: prune column by column; the columns to the right absorb the error of each.
 
 Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot", arXiv 2301.00774. V_jj^2 is the optimal-brain-surgeon denominator of column j once
 everything to its left is frozen, and row j of V gives the update; see
 `thanos_deploy.solver.hessian`.
 
-Two differences from the published code: a block removes exactly its share (the code's threshold
-takes one more, and more yet with ties), and ties go in a stated order. Cost for a [rows, cols]
-layer: cols^3 to factor and rows cols^2 to update.
+There are two differences from the published code. A block removes exactly its share (the published
+threshold removes one more, and still more with ties), and ties are broken in a fixed order. Cost
+for a [rows, cols] layer: cols^3 to factor and rows cols^2 to update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options(Blocks):
-    """Columns whose updates to the right are applied together, and the damping."""
+    """The block size, and the damping. A block's updates to its right are applied together."""
 
 
 PRESETS = {"paper": Preset(Options())}
@@ -39,17 +39,17 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
     """Prune one linear layer.
 
     Unstructured: each block of columns loses the same fraction, chosen over all its rows at once.
-    n:m: each group is chosen when its first column is reached, from the weights as they are then.
-    Structured (as the Thanos paper defines this baseline): in each block the columns of the
-    smallest mean score, rounded up.
+    n:m: the mask of each group is chosen when its first column is reached, from the weights at that
+    time. Structured (as the Thanos paper defines this baseline): each block loses the columns with
+    the smallest mean score, their number rounded up.
 
     Args:
         problem: float32 or float64 tensors; the work is done in the weight's dtype.
-        pattern: what to prune to.
+        pattern: the pattern to prune to.
         options: see `Options`.
 
     Raises:
-        HessianError: the statistics are not finite or cannot be factored.
+        HessianError: the weight or the Hessian is not finite, or the Hessian cannot be factored.
         ModelError, UsageError: see `check`.
     """
     import torch
@@ -82,12 +82,15 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
 
 
 def divisible(pattern: Pattern, options: Options) -> bool:
-    """Rows can be pruned apart: a threshold is found by counting, and groups are within rows."""
+    """Return whether ranks can prune the rows of a layer separately; false for whole columns.
+
+    The threshold of an unstructured pattern is found from counts, and n:m groups lie within rows.
+    """
     return not isinstance(pattern, Structured)
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
-    """Refuse what `prune` could not do for a layer, from its width alone.
+    """Refuse a layer that `prune` cannot handle, judged by its number of inputs alone.
 
     Raises:
         ModelError: the number of inputs is not a multiple of the pattern's group.
@@ -98,7 +101,7 @@ def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
 
 
 def _block_mask(scores: Tensor, pattern: Pattern, division: Division) -> Tensor:
-    """What goes from a block, chosen before any of its columns is visited."""
+    """Choose the mask of a block before any of its columns is visited; empty for n:m patterns."""
     import torch
 
     from thanos_deploy.solver.mask import removed_count, smallest_columns, smallest_in_matrix

@@ -22,10 +22,10 @@ products with S, whatever the number of removed entries in each row, and on the 
 statistics of real models it takes 5 to 15 steps because S is far better conditioned than H.
 
 B = 1 is SparseGPT's update, B = cols the exact masked least squares. Small blocks adapt the mask
-more often, large ones update more weights jointly; `refit_steps` has both, by solving the whole
-layer once more for the mask that the blocks chose. Cost for a [rows, cols] layer: cols^3 to factor,
-rows cols^2 to update, 2 rows cols B per conjugate-gradient step of the blocks and 2 rows cols^2 per
-step of the refit.
+more often, large blocks update more weights jointly. `refit_steps` combines both advantages: it
+solves the whole layer once more for the mask that the blocks chose. Cost for a [rows, cols] layer:
+cols^3 to factor, rows cols^2 to update, 2 rows cols B per conjugate-gradient step of the blocks and
+2 rows cols^2 per step of the refit.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options(Blocks):
-    """What Thanos can be told beside the pattern.
+    """Options of Thanos, apart from the pattern.
 
     Attributes:
         block_columns: B, the number of columns solved at once.
         score: "wanda", the paper's |W_ij| ||X_j||; or "obs", which divides W_ij^2 by the diagonal
-            of the trailing inverse Hessian and so knows which neighbours can take over.
-        refit_steps: conjugate-gradient steps of a last fit of all kept weights of the layer to the
-            final mask.
-        mask_passes: how often every group's mask is chosen again in view of all others, for n:m
+            of the trailing inverse Hessian and so accounts for neighbours that can compensate.
+        refit_steps: number of conjugate-gradient steps of the refit of all kept weights of the
+            layer, once the blocks have chosen the mask and after each of the `mask_passes`.
+        mask_passes: number of passes that choose every group's mask again given all others, for n:m
             patterns with at most 128 masks of a group; see `polish.polish`.
         outlier_rows: fraction of the rows, those with the most output energy, that stay dense
             (the paper's alpha); not for `Unstructured`.
@@ -103,25 +103,27 @@ PRESETS = {
     "max": Preset(_BEST, _TUNED, recover=1024),
 }
 
-# In so many rounds columns leave: pricing them after every removal is 2 % better at most.
+# Rounds in which columns are removed; new prices after every single removal are 2 % better at most.
 _ROUNDS = 8
 
 
 def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerResult:
     """Prune one linear layer.
 
-    Unstructured: the global residual mask: in every block, what would go if the rest of the budget
-    were spent on the whole rest of the matrix now. n:m: the mask of each block from its weights
-    when it is reached. Structured: whole columns at once, no blocks.
+    Unstructured: the global residual mask. Each block loses the weights that would be removed if
+    the rest of the budget were spent now on the block and all columns to its right. n:m: the mask
+    of each block is chosen from its weights when it is reached. Structured: whole columns are
+    removed at once, without blocks.
 
     Args:
         problem: float32 or float64 tensors; the work is done in the weight's dtype, except for
             the factorisation, which is always float64.
-        pattern: what to prune to.
+        pattern: the pattern to prune to.
         options: see `Options`.
 
     Raises:
-        HessianError: the statistics are not finite or cannot be factored.
+        HessianError: the weight or the Hessian is not finite, the Hessian cannot be factored, or
+            the solution overflows its dtype.
         ModelError, UsageError: see `check`.
     """
     import torch
@@ -155,7 +157,7 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
             division = Division.whole(len(W))
         pruned, removed = _prune_until_solved(W, norms, factored, pattern, options, division)
         diagonal = factored.diagonal
-        del factored  # which may be the last that is known of it
+        del factored  # frees the factor before the refit, unless `problem.factors` keeps it
         refit = partial(
             solve_masked,
             W,
@@ -190,16 +192,20 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
 
 
 def divisible(pattern: Pattern, options: Options) -> bool:
-    """Rows can be pruned apart: a threshold is found by counting, and groups are within rows."""
+    """Return whether ranks can prune the rows of a layer separately.
+
+    The threshold of an unstructured pattern is found from counts, and n:m groups lie within rows.
+    Whole columns and outlier rows are chosen from all rows.
+    """
     return not isinstance(pattern, Structured) and not options.outlier_rows
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
-    """Refuse what `prune` could not do for a layer, from its width alone.
+    """Refuse a layer that `prune` cannot handle, judged by its number of inputs alone.
 
     Raises:
         ModelError: the number of inputs is not a multiple of the pattern's group.
-        UsageError: an option has no meaning for the pattern.
+        UsageError: an option does not fit the pattern.
     """
     check_group(name, cols, pattern)
     options.check_pattern(name, pattern)
@@ -224,12 +230,16 @@ def _prune_until_solved(
     options: Options,
     division: Division,
 ) -> tuple[Tensor, Tensor]:
-    """Prune block by block; returns the new weights and the mask, both [rows, cols]."""
+    """Prune block by block, again with more steps if rows were left unsolved.
+
+    Returns:
+        the new weight and the mask, both [rows, cols].
+    """
     import torch
 
     from thanos_deploy.solver.masked import attempts
 
-    # Asked once, after all blocks, so that no block waits for the one before.
+    # Read once, after all blocks, so that no block waits for the block before it.
     refitted = options.refit_steps > 0
     unsolved = torch.zeros((), dtype=torch.int64, device=W.device)
     *first, last = attempts(W.device, options.block_columns, refitted=refitted)
@@ -250,7 +260,7 @@ def _prune_blocks(
     steps: int,
     unsolved: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The block loop; `steps` and `unsolved` are those of `solve_masked`."""
+    """Run the block loop once; for `steps` and `unsolved` see `solve_masked`."""
     import torch
 
     from thanos_deploy.solver.mask import removed_count, smallest_in_groups
@@ -262,13 +272,13 @@ def _prune_blocks(
     W = W.clone()
     cols = W.shape[1]
     M = torch.zeros_like(W, dtype=torch.bool)
-    # On the device of the weights, so that no block waits for the count of the one before.
+    # The budget stays on the device, so that no block waits for the count of the block before it.
     entries = removed_count(pattern.sparsity, division.rows * cols)
     budget = torch.tensor(entries, device=W.device)
     diagonals = H.trailing_inverse_diagonals(B) if norms is None else None
     for start in range(0, cols, B):
         stop = min(start + B, cols)
-        # A pattern of groups looks no further than the block.
+        # An n:m mask depends only on scores of the block.
         seen = slice(start, stop if isinstance(pattern, SemiStructured) else cols)
         if diagonals is not None:
             scores = W[:, seen].square().div_(diagonals[start // B, seen])
@@ -294,7 +304,7 @@ def _prune_blocks(
         )
         for run in division.runs:
             W[run, stop:].addmm_(change[run] @ U_block, H.V[start:stop, stop:])
-        W[:, start:stop] += change  # +0.0 where it takes a weight away
+        W[:, start:stop] += change  # exactly +0.0 where a weight is removed
         M[:, start:stop] = mask
     return W, M
 
@@ -302,12 +312,12 @@ def _prune_blocks(
 def _prune_columns(
     W: Tensor, hessian: Tensor, H: Factor, count: int, score: Literal["wanda", "obs"]
 ) -> tuple[Tensor, Tensor]:
-    """Remove whole columns at once and refit the rest. Returns the new weights and the mask.
+    """Remove whole columns at once and refit the rest; return the new weight and the mask.
 
     Prices by "obs" count the damping as if it were part of the output. Where a few inputs are much
-    larger than the others, as in the first block of most models, that is more than some columns are
-    worth, and the damped prices choose worse columns than Wanda's score does. So both are tried,
-    and those columns go that lose less of the output.
+    larger than the others, as in the first block of most models, the damping exceeds the true price
+    of some columns, and the damped prices choose worse columns than Wanda's score does. So both
+    choices are tried, and the one that loses less of the output is taken.
     """
     import torch
 
@@ -327,8 +337,8 @@ def _prune_columns(
             priced.remove(cheapest(priced.costs(), part))
         priced.require_solved()
         other = priced.weight.to(W.dtype)
-        # On the device of the weights, so that nothing waits for it. What could not be solved loses
-        # more, or is not a number.
+        # Compared on the device, so that nothing waits for it. A solution by Wanda's score that
+        # failed has a larger loss, or NaN, and is not taken.
         lost, less = (output_energy(one - W, hessian).sum() for one in (weight, other))
         keep = lost < less
         weight, left = torch.where(keep, weight, other), torch.where(keep, left, priced.left)
@@ -336,5 +346,5 @@ def _prune_columns(
 
 
 def _even_parts(count: int, parts: int) -> list[int]:
-    """A number as a sum of so many, or fewer, that differ by one at most."""
+    """Split a count into at most `parts` positive integers that differ by at most one."""
     return [part for k in range(parts) if (part := count * (k + 1) // parts - count * k // parts)]

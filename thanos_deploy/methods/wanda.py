@@ -1,8 +1,8 @@
-"""Wanda: the weights whose product with the size of their input is smallest go. Updates nothing.
+"""Wanda: remove the weights with the smallest magnitude times input norm, and update no others.
 
 Source: Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language
 Models", arXiv 2306.11695. Score |W_ij| ||X_j||_2; its square is twice the optimal-brain-damage
-saliency. Cost: one sort a row.
+saliency. Cost: one sort per row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options(option.Options):
-    """It has none."""
+    """Wanda has no options."""
 
 
 PRESETS = {"paper": Preset(Options())}
@@ -29,12 +29,13 @@ PRESETS = {"paper": Preset(Options())}
 def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerResult:
     """Prune one linear layer.
 
-    Unstructured: the same number in every row. n:m: the smallest of each group. Structured (as the
-    Thanos paper defines this baseline): the columns with the smallest mean score.
+    Removes, for unstructured patterns, the same number of weights in every row; for n:m patterns,
+    the smallest scores of each group; for structured patterns (as the Thanos paper defines this
+    baseline), the columns with the smallest mean score.
 
     Raises:
         ModelError: see `check`.
-        HessianError: weight or Hessian are not finite.
+        HessianError: the weight or the Hessian is not finite.
     """
     from thanos_deploy.solver.hessian import require_finite
     from thanos_deploy.solver.layer import without_update
@@ -48,12 +49,15 @@ def prune(problem: LayerProblem, pattern: Pattern, options: Options) -> LayerRes
 
 
 def divisible(pattern: Pattern, options: Options) -> bool:
-    """What becomes of a row does not depend on the other rows of its layer."""
+    """Return whether ranks can prune the rows of a layer separately; false for whole columns.
+
+    The mask of a row does not depend on the other rows.
+    """
     return not isinstance(pattern, Structured)
 
 
 def check(name: str, cols: int, pattern: Pattern, options: Options) -> None:
-    """Refuse what `prune` could not do for a layer, from its width alone.
+    """Refuse a layer that `prune` cannot handle, judged by its number of inputs alone.
 
     Raises:
         ModelError: the number of inputs is not a multiple of the pattern's group.

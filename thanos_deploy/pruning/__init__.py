@@ -1,5 +1,5 @@
-"""Pruning a whole model to zeros: recipe, layer by layer, tuning, recovery.
+"""Prune a whole model by setting weights to zero, layer by layer; then tune, train and quantise it.
 
-`thanos_deploy.stages` calls it, and so do the benchmarks. What is removed stays as zeros;
-`thanos_deploy.shrink` is what makes matrices smaller.
+`thanos_deploy.stages` and the benchmarks call this package. Removed weights stay as zeros;
+`thanos_deploy.shrink` makes matrices smaller.
 """

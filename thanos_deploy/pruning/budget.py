@@ -1,7 +1,8 @@
-"""A budget for the layers that stay dense: what is asked for, and what became of it.
+"""A budget that decides which layers stay dense: the request, and the decisions made for it.
 
-Standard library only, so that a report needs no PyTorch. `sensitivity` finds out what pruning a
-group of layers costs, `forecast.savings` the time that it saves, and `sensitivity.choose` chooses.
+Standard library only, so that a report needs no PyTorch. `sensitivity` measures how much pruning a
+group of layers changes the model, `forecast.savings` forecasts the time that it saves, and
+`sensitivity.choose` chooses the groups that stay dense.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Literal
 from thanos_deploy.errors import UsageError
 from thanos_deploy.option import Options, option
 
-# Tokens in the kv cache of a decode step.
+# Tokens of each sequence in the KV cache of a decode step.
 PAST = 512
 
 _GOAL = re.compile(r"speed=(\d+(?:\.\d+)?)x?")
@@ -23,16 +24,17 @@ _STEP = re.compile(r"(decode|prefill):([1-9]\d*)")
 
 @dataclass(frozen=True, slots=True)
 class Budget(Options):
-    """How fast the pruned model has to be, and where; layers that this leaves over stay dense.
+    """A speed required of the pruned model; layers that need not be pruned for it stay dense.
 
     Attributes:
-        goal: "speed=FACTORx", how many times as fast as the dense model.
-        gpu: a name of `forecast.datasheets`.
-        step: what is to be that fast.
-        measured: path of a file of measured matrix products, or None for the published ones.
+        goal: "speed=FACTORx", the required speed as a multiple of the dense model's.
+        gpu: name of a GPU in `forecast.datasheets`.
+        step: the decode or prefill step that has to be that fast.
+        measured: path of a file with measured times of matrix products, or None for the published
+            measurements.
 
     Raises:
-        UsageError: one of these cannot be read, or no GPU is named.
+        UsageError: a value cannot be read, or no GPU is named.
     """
 
     goal: str = option(
@@ -73,7 +75,7 @@ class Budget(Options):
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be read."""
+        """Refuse values that cannot be read, and a missing GPU."""
         Options.__post_init__(self)
         if _GOAL.fullmatch(self.goal) is None or self.speed <= 1.0:
             raise UsageError(
@@ -92,29 +94,29 @@ class Budget(Options):
 
     @property
     def speed(self) -> float:
-        """How many times as fast."""
+        """The required speed as a multiple of the dense model's."""
         found = _GOAL.fullmatch(self.goal)
         assert found is not None
         return float(found[1])
 
     @property
     def sequences(self) -> int:
-        """That the step has; a prefill has one."""
+        """Number of sequences in the step; 1 for a prefill."""
         return self._count if self.decodes else 1
 
     @property
     def tokens(self) -> int:
-        """New ones of each sequence."""
+        """Number of new tokens of each sequence."""
         return 1 if self.decodes else self._count
 
     @property
     def past(self) -> int:
-        """Tokens of each sequence in the kv cache."""
+        """Number of tokens of each sequence in the KV cache."""
         return PAST if self.decodes else 0
 
     @property
     def decodes(self) -> bool:
-        """The step decodes."""
+        """Whether the step is a decode step."""
         return self.step.startswith("decode")
 
     @property
@@ -128,10 +130,10 @@ class Choice:
 
     Attributes:
         layers: their full names.
-        saves: what pruning them saves: seconds of a step, or weights.
-        costs: what pruning them alone changes of what leaves the block, relative to its size; see
-            `sensitivity`. NaN where nobody has measured it.
-        dense: they stay dense.
+        saves: what pruning them saves: seconds of a step, or a number of weights.
+        costs: relative change of the block's output if only these layers are pruned; see
+            `sensitivity`. NaN if it was not measured.
+        dense: whether they stay dense.
     """
 
     layers: tuple[str, ...]
@@ -142,15 +144,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What was decided about all groups that could be pruned, and for what.
+    """The decisions about all groups that could be pruned, and the budget behind them.
 
     Attributes:
-        unit: of what is saved.
-        whole: what the dense model takes: seconds of a step, or the weights that could be pruned.
+        unit: unit of the savings.
+        whole: seconds of a step of the dense model, or the number of weights that could be pruned.
         purpose: the step and the GPU, in words; empty for weights.
-        asked: the speed that was asked for, or the fraction of the weights that may stay.
-        groups: in the order of the forward pass.
-        measured: groups for which a measured product stands.
+        asked: the required speed, or the fraction of the weights that may stay dense.
+        groups: the groups, in the order of the forward pass.
+        measured: number of groups whose forecast uses measured times of matrix products.
     """
 
     unit: Literal["seconds", "weights"]
@@ -162,22 +164,22 @@ class Choices:
 
     @property
     def saved(self) -> float:
-        """By the groups that are pruned, together."""
+        """Total savings of the groups that are pruned."""
         return sum(group.saves for group in self.groups if not group.dense)
 
     @property
     def speed(self) -> float:
-        """How many times as fast the step becomes, for a budget of seconds."""
+        """Speed of the step as a multiple of the dense model's, for a budget of seconds."""
         return self.whole / (self.whole - self.saved)
 
     @property
     def fastest(self) -> float:
-        """The same if every group were pruned whose pruning saves time."""
+        """The same speed if every group whose pruning saves time were pruned."""
         return self.whole / (self.whole - sum(max(0.0, group.saves) for group in self.groups))
 
     @property
     def sentence(self) -> str:
-        """What was decided, and what it comes to."""
+        """The decisions and their total effect, in words."""
         dense = sum(group.dense for group in self.groups)
         left = f"{dense} of {len(self.groups)} groups of layers stay dense"
         if self.unit == "weights":
@@ -196,14 +198,14 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class Bought:
-    """The groups of one kind about which the same was decided; see `bought`.
+    """All groups of one kind with the same decision, as a row of a table; see `bought`.
 
     Attributes:
-        layers: names, seen from the block.
-        dense: they stay dense.
-        blocks: numbers, as in "0-3, 7".
-        saves: what pruning them saves or would save, together, in words.
-        costs: what pruning them changes or would change, together, in words.
+        layers: names of the layers, relative to the block.
+        dense: whether they stay dense.
+        blocks: numbers of the blocks, as in "0-3, 7".
+        saves: what pruning all of them saves or would save, in words.
+        costs: sum of the changes that pruning them makes or would make, in words.
     """
 
     layers: str
@@ -214,21 +216,21 @@ class Bought:
 
     @property
     def decision(self) -> str:
-        """In a word."""
+        """The decision in one word."""
         return "dense" if self.dense else "pruned"
 
 
-# Of a table with a row for each of these.
+# Column headings of a table with one row for each `Bought`.
 HEADS = ("layers", "blocks", "decision", "pruning saves", "and changes")
 
 
 def cells(row: Bought) -> tuple[str, ...]:
-    """One row of that table."""
+    """The cells of one row of that table."""
     return row.layers, row.blocks, row.decision, row.saves, row.costs
 
 
 def bought(choices: Choices) -> Iterator[Bought]:
-    """What each kind of choice bought: a row for every kind of group, dense and pruned."""
+    """Summarise the decisions in one row for each kind of group and decision."""
 
     def kind(group: Choice) -> tuple[str, bool]:
         return joined([_place(name)[1] for name in group.layers]), group.dense
@@ -248,7 +250,7 @@ def bought(choices: Choices) -> Iterator[Bought]:
 
 
 def joined(layers: Sequence[str]) -> str:
-    """Layers of one module in a word or two: "mlp: gate_proj, up_proj"."""
+    """Join the names of layers, with a common module named once: "mlp: gate_proj, up_proj"."""
     modules = {name.rpartition(".")[0] for name in layers}
     if len(layers) == 1 or len(modules) > 1:
         return ", ".join(layers)
@@ -256,7 +258,7 @@ def joined(layers: Sequence[str]) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers, with neighbours joined: "0-3, 7"."""
+    """Spell ascending numbers with consecutive ones joined: "0-3, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -273,7 +275,7 @@ def _saving(saves: float, choices: Choices) -> str:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """The number of a layer's block, and its name seen from there."""
+    """The number of a layer's block, and the layer's name relative to the block."""
     parts = name.split(".")
     place = next(index for index, part in enumerate(parts) if part.isdigit())
     return int(parts[place]), ".".join(parts[place + 1 :])

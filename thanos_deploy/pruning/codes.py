@@ -1,8 +1,8 @@
 """The files with the codes of a quantised model, one for each block.
 
-Of each layer `NAME.codes`, int8[rows, cols] or, for an asymmetric grid, uint8; `NAME.scale`,
-float16[rows, groups]; and for an asymmetric grid `NAME.zero`, uint8[rows, groups]. The files'
-metadata name the grid.
+For each layer, a file holds `NAME.codes`, int8[rows, cols] or, for an asymmetric grid, uint8;
+`NAME.scale`, float16[rows, groups]; and, for an asymmetric grid, `NAME.zero`, uint8[rows, groups].
+The metadata of each file name the grid.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from thanos_deploy.model.rounding import rounded
 from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid, parse
 
-# Of the tensors of a layer in the files of codes, and the entry of the files' metadata.
+# Suffixes of the names of a layer's tensors in these files, and the metadata entry for the grid.
 _CODES, _SCALE, _ZERO = ".codes", ".scale", ".zero"
 _GRID = "grid"
 
 
 def tensors_of(name: str, layer: Quantised) -> dict[str, Tensor]:
-    """What the files have of a layer, on the host."""
+    """The tensors that the files hold for a layer, by name, on the host."""
     kind = torch.int8 if layer.grid.symmetric else torch.uint8
     tensors = {
         name + _CODES: layer.codes.to("cpu", kind),
@@ -37,7 +37,7 @@ def tensors_of(name: str, layer: Quantised) -> dict[str, Tensor]:
 
 
 def save(folder: Path, index: int, grid: Grid, tensors: Mapping[str, Tensor]) -> None:
-    """Write the file of a block, of those among some tensors that belong there."""
+    """Write the file of one block; tensors whose names have other suffixes are left out."""
     found = {name: one for name, one in tensors.items() if name.endswith((_CODES, _SCALE, _ZERO))}
     save_file(found, folder / f"{index:05}.safetensors", metadata={_GRID: str(grid)})
 
@@ -47,9 +47,9 @@ class Codes:
     """The codes of a quantised model, one layer in memory at a time.
 
     Attributes:
-        folder: with the files.
-        grid: what the model was quantised to.
-        files: name of a tensor -> the file that has it.
+        folder: the folder with the files.
+        grid: the grid that the model was quantised to.
+        files: maps the name of a tensor to the file that holds it.
     """
 
     folder: Path
@@ -58,10 +58,10 @@ class Codes:
 
     @classmethod
     def open(cls, folder: Path) -> "Codes":
-        """Read what there is, and no tensor.
+        """Read the names of the tensors and the grid from the files, but no tensor.
 
         Raises:
-            InputError: a file is not readable, or there is none.
+            InputError: a file is not readable, there is no file, or the files name several grids.
         """
         grids, found = set(), {}
         try:
@@ -78,11 +78,11 @@ class Codes:
         """The codes of a layer, with scales in float32.
 
         Args:
-            name: its full name.
-            weight: [rows, cols], as it is stored.
+            name: full name of the layer.
+            weight: [rows, cols], as it is stored in the checkpoint.
 
         Raises:
-            InputError: the layer is not there, or its weight has other values than the codes.
+            InputError: the layer is not there, or its weight does not match the codes.
         """
         try:
             codes, scale = (self._read(name + part) for part in (_CODES, _SCALE))

@@ -1,7 +1,7 @@
-"""The layers whose turn it is as jobs, each done by the rank that it falls to.
+"""Split the layers of a turn, which are solved together, into jobs and assign each to a rank.
 
-A layer is one job, or several where its rows do not depend on each other: a job is of the same rows
-for every number of ranks, so that it has the same result whoever does it.
+A layer is one job, or several jobs if its rows do not depend on each other. The rows of a job are
+the same for every number of ranks, so its result does not depend on the rank that does it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +23,8 @@ class Rows:
     """Some rows of a layer.
 
     Attributes:
-        linear: its name, seen from the block.
-        start, stop: number of the first row, and of the one after the last.
+        linear: name of the layer, relative to the block.
+        start, stop: number of the first row, and one past the last.
     """
 
     linear: str
@@ -33,16 +33,16 @@ class Rows:
 
     @property
     def slice(self) -> slice:
-        """Where they are."""
+        """The rows as a slice."""
         return slice(self.start, self.stop)
 
 
 class Jobs:
-    """The jobs of a turn.
+    """The jobs of a turn and the ranks that do them.
 
     Attributes:
-        rows: of each job, in one order on all ranks.
-        owners: the rank that does each.
+        rows: the rows of each job, in the same order on all ranks.
+        owners: the rank that does each job.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Jobs:
         groups: Sequence[Sequence[str]],
         cut: Callable[[str, int], Sequence[slice]],
     ) -> None:
-        """Share the work.
+        """Cut the layers into jobs and assign each job to a rank.
 
         Args:
             visit: the block.
-            groups: names of layers that read one input each.
-            cut: the pieces of a layer, from its name and the number of its rows.
+            groups: names of layers, relative to the block; the layers of a group read one input.
+            cut: returns the pieces of a layer, given its name and its number of rows.
         """
         self.rows: list[Rows] = []
         self._groups: list[int] = []
@@ -72,7 +72,7 @@ class Jobs:
         self.owners = spread.owners(jobs, current().size)
 
     def own(self, group: int) -> dict[int, Rows]:
-        """Those of a group that are this rank's, by their numbers."""
+        """This rank's jobs of one group, by job number."""
         return {
             place: rows
             for place, rows in enumerate(self.rows)
@@ -80,14 +80,14 @@ class Jobs:
         }
 
     def own_layers(self, group: int) -> dict[str, dict[int, Rows]]:
-        """The same by layer, in the order in which all ranks take layers."""
+        """This rank's jobs of one group, by layer and job number; all ranks use the same order."""
         layers: dict[str, dict[int, Rows]] = {}
         for place, rows in self.own(group).items():
             layers.setdefault(rows.linear, {})[place] = rows
         return layers
 
     def divisions(self) -> dict[str, Division]:
-        """How the rows of this rank's layers are divided; all ranks ask for it, at once."""
+        """How the rows of this rank's layers are divided, by layer; a collective of all ranks."""
         ranks = current()
         places: dict[str, list[int]] = {}
         for place, rows in enumerate(self.rows):
@@ -113,9 +113,10 @@ class Jobs:
         return divisions
 
     def helpers(self) -> Ranks | None:
-        """Who factors the Hessian of the only group, if this rank and others do; all ranks ask.
+        """The ranks that factor the Hessian of the only group together; a collective of all ranks.
 
-        Of several groups, each rank has its own to factor meanwhile.
+        None if this rank is not among them, if it is the only one, or if there are several groups:
+        then each rank has Hessians of its own to factor at the same time.
         """
         members = self._who(range(len(self.rows)))
         if len(set(self._groups)) > 1 or len(members) == 1:
@@ -123,15 +124,15 @@ class Jobs:
         return current().team(members)
 
     def _who(self, places: Sequence[int]) -> tuple[int, ...]:
-        """The ranks that some jobs fall to."""
+        """The ranks that do the given jobs, ascending."""
         return tuple(sorted({self.owners[place] for place in places}))
 
     def gather(self, done: Mapping[int, T], kind: type[T]) -> list[T]:
-        """What every rank has to say of each of its jobs, in the order of the jobs.
+        """Collect the reports on all jobs from all ranks, in the order of the jobs.
 
         Args:
-            done: by number of the job.
-            kind: type of what is said, a dataclass.
+            done: this rank's reports, by job number.
+            kind: type of a report, a dataclass.
         """
         every = current().merge({str(place): one for place, one in done.items()}, kind)
         return [every[str(place)] for place in range(len(self.rows))]

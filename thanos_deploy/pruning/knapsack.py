@@ -1,12 +1,12 @@
-"""The 0/1 knapsack: of several things, those worth most that fit together.
+"""The 0/1 knapsack problem: choose the items that are worth most and fit into a room together.
 
-Things are taken or left one after the other. Of all ways so far only those are kept that no other
-one beats, being worth at least as much at the same or a smaller size. (Nemhauser and Ullmann,
-"Discrete dynamic programming and capital allocation", Management Science 15, 1969.) Where many
-things have one of few sizes, as the layers of equal blocks do, few ways are left and the result is
-exact. Where there are more than `MOST_WAYS`, the room is divided into so many parts, and only the
-best way of each part is kept. With n things the result is then worth at least what fits best into
-1 - n / `MOST_WAYS` of the room.
+Items are considered one after another. Each selection so far is kept only if no other selection
+dominates it, that is, is worth at least as much at the same or a smaller size. (Nemhauser and
+Ullmann, "Discrete dynamic programming and capital allocation", Management Science 15, 1969.) If
+many items share a few sizes, as the layers of equal blocks do, few selections remain and the result
+is exact. If more than `MOST_WAYS` selections remain, the room is divided into that many parts, and
+only the best selection of each part is kept. With n items, the result is then worth at least as
+much as the best choice for 1 - n / `MOST_WAYS` of the room.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ MOST_WAYS = 1 << 14
 def best_that_fit(
     values: Sequence[float], sizes: Sequence[float], room: float, *, most_ways: int = MOST_WAYS
 ) -> tuple[int, ...]:
-    """The numbers of the things that are worth most together and fit into some room.
+    """Return the numbers of the items that are worth most together and fit into the room.
 
     Args:
-        values: what each thing is worth, 0 or more.
-        sizes: what room each takes, 0 or more.
-        room: that all of them may take.
-        most_ways: how many ways are kept after each thing.
+        values: value of each item, 0 or more.
+        sizes: size of each item, 0 or more.
+        room: largest total size of the chosen items.
+        most_ways: largest number of selections that are kept after each item.
 
     Returns:
-        rising numbers.
+        the numbers of the chosen items, ascending.
     """
     size, value = np.zeros(1), np.zeros(1)
-    # Of each thing and way: which way it was made from, and whether the thing was taken.
+    # For each item and selection: the selection that it extends, and whether the item was taken.
     steps = []
     for one, worth in zip(sizes, values, strict=True):
         before = np.arange(len(size))
@@ -40,7 +40,7 @@ def best_that_fit(
         grown_value = np.concatenate([value, value[fits] + worth])
         came_from = np.concatenate([before, fits])
         taken = np.arange(len(came_from)) >= len(before)
-        # From small to large, and of one size the most valuable first.
+        # By ascending size, and of equal sizes the most valuable first.
         order = np.lexsort((-grown_value, grown_size))
         best_before = np.maximum.accumulate(np.concatenate([[-np.inf], grown_value[order][:-1]]))
         order = order[grown_value[order] > best_before]

@@ -1,7 +1,7 @@
 """Walk a model block by block: calibrate, prune, write back, go on with the pruned block.
 
-Each block sees the calibration data as the already pruned blocks before it pass it on. Only one
-block's weights are in memory at a time.
+Each block receives the calibration data as the pruned blocks before it pass it on. Only one block's
+weights are in memory at a time.
 """
 
 import logging
@@ -41,9 +41,10 @@ from thanos_deploy.pruning.turn import prune_turn
 logger = logging.getLogger(__name__)
 
 
-# What a block's time goes to: forward passes as far as the layers, with statistics; the pruning
-# method, all layers; steps of all of them together; the data on its way through the pruned block to
-# the next one; keeping it on disk.
+# The activities that the time of a block is divided into: "collect", forward passes up to the
+# layers, with statistics; "solve", the pruning method for all layers; "tune", optimisation steps of
+# all layers together; "forward", the data's pass through the pruned block to the next block; and
+# "journal", keeping the block on disk.
 ACTIVITIES = ("collect", "solve", "tune", "forward", "journal")
 
 
@@ -70,14 +71,17 @@ def prune(
         segments: int64[count, length], calibration tokens.
         destination: an empty folder for the pruned model; None for a rank that writes nothing.
         recipe: how to prune.
-        further: int64[count, length], tokens that blocks are only tuned on; None for none.
-        patterns: what each layer is pruned to, by its full name; None for the recipe's pattern
+        further: int64[count, length], tokens that only the tuning steps use; None for none.
+        patterns: the pattern of each layer, by its full name; None for the recipe's pattern
             everywhere.
-        dtype: what to store, or None to keep each tensor's own.
+        dtype: dtype to store, or None to keep each tensor's own.
         device: where each block is while it is pruned.
         hold: where the data between two blocks is; see `activations.holder`.
-        journal: where to keep every finished block; those that it has are not done again.
-        on_progress: told of every finished block.
+        journal: keeps every finished block; blocks that it already holds are not pruned again.
+        on_progress: called after every finished block.
+
+    Returns:
+        a report on each block.
 
     Raises:
         ModelError: weights are missing, have NaN, or do not fit the pattern.
@@ -127,7 +131,7 @@ def _prune_block(
     recipe: Recipe,
     products: torch.dtype,
 ) -> tuple[PrunedLayer, ...]:
-    """Prune, in place, the linear layers of a block; their reports in the order of the forward."""
+    """Prune a block's linear layers in place; report on them in the order of the forward pass."""
     layers: dict[str, PrunedLayer] = {}
     for groups, statistics in gather(visit, patterns, recipe.walk):
         with visit.clock.measure("solve"):
@@ -150,16 +154,16 @@ def gather(
     layers: Collection[str],
     walk: Walk,
 ) -> Iterator[tuple[list[Group], dict[str, Statistics]]]:
-    """The groups of a block's layers that are pruned at a time, and their inputs' statistics.
+    """Yield the groups of layers that are pruned in each turn, with the statistics of their inputs.
 
-    A group is what reads one input, seen from the block; its first layer's name is the statistics'.
-    They are collected when their turn comes.
+    A group holds the layers that read one input, by their names relative to the block. Statistics
+    are keyed by the first name of each group and are collected when their turn comes.
 
     Args:
         visit: the block.
         layers: full names of the layers that are to be pruned.
-        walk: whether a group at a time, or that group of every expert, see `order.turns`; and
-            whether with `Statistics.cross`, but for layers of experts.
+        walk: how to divide the layers into turns, see `order.turns`; and whether to collect
+            `Statistics.cross`, which layers of experts never have.
     """
     inputs = {
         name: matrix(visit.block.get_submodule(name)).shape[1]
@@ -181,15 +185,15 @@ def gather(
 
 
 def _judged_again(visit: Visit, linear: str, report: PrunedLayer, pattern: Pattern) -> PrunedLayer:
-    """The report of a layer whose weight has changed since."""
+    """Update the report on a layer whose weight has changed since."""
     verdict = judge(matrix(visit.block.get_submodule(linear)) != 0, pattern)
     return replace(report, sparsity=verdict.sparsity, pattern_holds=verdict.holds)
 
 
 def _leave_dense(visit: Visit, linear: str) -> PrunedLayer:
-    """Have one layer written as it was, to the last bit."""
+    """Have one layer written unchanged, and report on it."""
     visit.untouched.add(f"{linear}.weight")
-    # In another dtype it is rounded.
+    # If the model is stored in another dtype, the weight is rounded to it.
     weight = visit.write(linear, matrix(visit.block.get_submodule(linear)))
     return PrunedLayer(
         name=visit.prefix + linear,
@@ -211,8 +215,8 @@ def check(checkpoint: Checkpoint, recipe: Recipe, patterns: Mapping[str, Pattern
 
     Args:
         checkpoint: the model.
-        recipe: how it is to be pruned.
-        patterns: what each layer is to be pruned to, by its full name.
+        recipe: how to prune it.
+        patterns: the pattern of each layer, by its full name.
 
     Raises:
         ModelError: a layer is missing or does not fit the pattern.
@@ -224,7 +228,7 @@ def check(checkpoint: Checkpoint, recipe: Recipe, patterns: Mapping[str, Pattern
 
 
 def short_names(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
-    """What blocks call their linear layers of which some are to be pruned, in any block.
+    """Names, relative to the block, of the linear layers that are pruned in at least one block.
 
     Args:
         checkpoint: the model.
@@ -237,7 +241,7 @@ def short_names(checkpoint: Checkpoint, layers: Collection[str]) -> list[str]:
 
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Full name -> (rows, cols) of every linear layer that pruning visits, from the headers."""
+    """Shapes (rows, cols) of all linear layers that pruning visits, by full name, from headers."""
     shapes = {}
     for name in checkpoint.linears:
         rows, cols = checkpoint.weights.shapes[checkpoint.stored_name(f"{name}.weight")]

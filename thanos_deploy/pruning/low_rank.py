@@ -1,14 +1,14 @@
 """Train low-rank updates of a pruned model's weights, under its mask.
 
-In place of every weight that is left, what learns is a product of two thin matrices for each layer,
-which is added to the weight wherever it is not zero: W + M * (U V), with M one where W is not zero.
-After training the sum is the weight, so the model has the pattern, the layers and the size that it
-had. AdamW has moments only for U and V, so this takes memory for the two models and a gradient of
-one, and not for two moments of every weight besides.
+Instead of all remaining weights, training changes two thin matrices for each layer. Their product
+is added to the weight wherever that is not zero: W + M * (U V), with M = 1 where W is not zero and
+0 elsewhere. After training the sum becomes the weight, so the pattern, the layers and the size of
+the model stay the same. AdamW keeps moments only for U and V. So memory has to hold the two models
+and the gradients of one, but not two moments for every weight.
 
 Source of the idea: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv
-2106.09685, whose sum would fill the zeros again; here the mask is on the product, and the teacher's
-distribution is learned rather than the text.
+2106.09685. Its update would fill the zeros. Here the mask is applied to the product, and the target
+is the teacher's distribution rather than the text.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,22 @@ _RATE = 4e-4
 
 
 class LowRank:
-    """Updates of the weights that are not zero as a `recover.Student`.
+    """Low-rank updates of the non-zero weights, as a `recover.Student`.
 
-    Every rank has all of U and V and takes the same steps; of the weights each has its rows.
+    Every rank holds all of U and V and takes the same steps, but holds only its own rows of the
+    weights.
     """
 
     rate = _RATE
 
     def __init__(self, learner: Sharded, names: Sequence[str], rank: int, seed: int) -> None:
-        """Begin with updates of zero: U is zero, V random.
+        """Begin with updates of zero: U is zero, V is random.
 
         Args:
-            learner: the model.
-            names: of the weights that learn.
-            rank: the most that a product may have; a smaller matrix has its own size.
-            seed: of V.
+            learner: the model to train.
+            names: names of the weights to update.
+            rank: rank of each product, limited to the smaller side of its weight.
+            seed: seed of V.
         """
         self._learner, self._names = learner, names
         self._kept = [learner.own(name) != 0 for name in names]
@@ -46,14 +47,14 @@ class LowRank:
         for name in names:
             rows, columns = learner.model.get_parameter(name).shape
             inner = min(rank, rows, columns)
-            # A step of U moves a weight equally far at any rank.
+            # Scaled so that a step of U moves a weight equally far at any rank.
             right = torch.randn(inner, columns, generator=generator) / inner**0.5
             device = learner.model.device
             self._pairs.append((torch.zeros(rows, inner, device=device), right.to(device)))
         self.learned = [Part(one) for pair in self._pairs for one in pair]
-        # The weights have every step's rounding in them.
+        # The weights contain the rounding of every step, so U and V cannot reproduce them.
         self.made = [Part(learner.own(name), name) for name in names]
-        # Whose products the weights already have in them.
+        # The values of U and V whose products the weights already contain.
         self._added = [(left.clone(), right.clone()) for left, right in self._pairs]
 
     def receive(self) -> None:
@@ -68,7 +69,7 @@ class LowRank:
         self._note_added()
 
     def _note_added(self) -> None:
-        """The weights have the products of U and V as they are now."""
+        """Note that the weights now contain the products of the current U and V."""
         for pair, added in zip(self._pairs, self._added, strict=True):
             for now, before in zip(pair, added, strict=True):
                 before.copy_(now)

@@ -7,11 +7,12 @@ with more outliers keep more:
 
     s_l = S + lambda (D - D_l) / max_k |D - D_k|        D = sum_l n_l D_l / sum_l n_l
 
-with S the sparsity asked for and n_l the weights of block l. So the mean over the weights is S, and
-no block is further than lambda from it. (The published code scales max D - min D to 2 lambda and
-takes the plain mean over blocks, which lets a block be further away.) All layers of a block get its
-sparsity; what rounding to whole weights leaves over goes, one weight each, to the layers that lost
-most by it, so that exactly floor(S n) of all n weights are removed.
+with S the sparsity asked for and n_l the weights of block l. So the mean sparsity over the weights
+is S, and no block's sparsity differs from S by more than lambda. (The published code scales
+max D - min D to 2 lambda and takes the plain mean over blocks, which allows larger differences.)
+All layers of a block get its sparsity. Their counts are rounded down to whole weights, and the
+layers with the largest remainders lose one weight more each, so that exactly floor(S n) of all n
+weights are removed.
 """
 
 import math
@@ -40,11 +41,11 @@ from thanos_deploy.solver.mask import removed_count
 
 @dataclass(frozen=True, slots=True)
 class Outliers:
-    """What the survey counted in one block.
+    """The outliers that the survey counted in one block.
 
     Attributes:
-        ratio: D_l.
-        seconds: time that it took, by activity; see `layers.ACTIVITIES`.
+        ratio: D_l, the fraction of the block's scores that are outliers.
+        seconds: time that the survey of the block took, by activity; see `layers.ACTIVITIES`.
     """
 
     ratio: float
@@ -63,20 +64,20 @@ def survey(
     journal: Journal[Outliers] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Outliers]:
-    """The outliers of every block, in one walk through the dense model.
+    """Count the outliers of every block, in one walk through the dense model.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        layers: full names of the linear layers that count; a block without any has 0.
-        options: M is of them.
+        layers: full names of the linear layers that count; a block without any has a ratio of 0.
+        options: the options of OWL, of which `threshold` is used.
         device: where each block is while it is surveyed.
         hold: see `layers.prune`.
         journal: see `layers.prune`.
-        on_progress: told of every finished block.
+        on_progress: called after every finished block.
 
     Raises:
-        HessianError: activations are not finite.
+        HessianError: activations or weights are not finite.
     """
 
     def look(visit: Visit) -> Outliers:
@@ -124,20 +125,21 @@ def allocate(
     sparsity: float,
     options: Owl,
 ) -> dict[str, Unstructured]:
-    """The pattern of every layer.
+    """Compute the pattern of every layer from the outlier ratios of the blocks.
 
     Args:
-        ratios: D_l, from `survey`.
-        blocks: of each block, full name of a layer -> its weights.
+        ratios: D_l of every block, from `survey`.
+        blocks: for each block, maps the full name of a layer to its number of weights.
         sparsity: S.
-        options: lambda is of them.
+        options: the options of OWL, of which `spread` is used.
 
     Returns:
-        full name -> pattern; `removed_count` of these is exact for every layer and for all.
+        the pattern of each layer, by its full name. With these, `removed_count` gives the intended
+        count for every layer, and the counts add up to floor(S n).
     """
     entries = {name: count for block in blocks for name, count in block.items()}
     total = sum(entries.values())
-    # In exact arithmetic, so that no rounding is taken for a difference between blocks.
+    # In exact arithmetic, so that rounding does not make equal blocks different.
     outliers = [Fraction(ratio) for ratio in ratios]
     sizes = [sum(block.values()) for block in blocks]
     weighted = (d * size for d, size in zip(outliers, sizes, strict=True))

@@ -1,17 +1,18 @@
-"""Text of the dense model's own making, for the pruned one to learn from.
+"""Text that the dense model generates, for the pruned model to learn from.
 
-Calibration text runs out, and a model knows more kinds of text than a user has at hand. So the
-dense model writes more of it (LLM-QAT: Liu et al., arXiv 2305.17888): it goes on from beginnings of
-the calibration text, or, where it is made for conversations, from the words that its chat template
-puts before a question, so that it asks and answers (Magpie: Xu et al., arXiv 2406.08464). Each
-token is drawn from the `_LIKELIEST` likeliest ones.
+Calibration text is limited, and a model knows more kinds of text than a user has at hand. So the
+dense model generates more text (LLM-QAT: Liu et al., arXiv 2305.17888): it continues beginnings of
+the calibration text. A chat model can begin instead with the text that its chat template puts
+before a question, so that it writes both question and answer (Magpie: Xu et al., arXiv 2406.08464).
+Each token is sampled from the `_LIKELIEST` most likely tokens.
 
 Small models fall into loops, and drift to code, tables and lists of links. A piece is dropped if it
-repeats itself more, or has a larger share of signs, than `_USUAL` of the pieces of the calibration
-text; so nothing is said about which text is good, and a model calibrated on code keeps its code.
+repeats itself more, or has a larger share of symbols, than a fraction `_USUAL` of the pieces of the
+calibration text. The calibration text alone sets these limits, so a model calibrated on code keeps
+its code.
 
-Pieces are drawn in batches, each with a seed of its own, so that what is written does not depend on
-the number of ranks, which write batches side by side.
+Pieces are sampled in batches, each with a seed of its own. So the text does not depend on the
+number of ranks, which sample batches side by side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,31 +29,32 @@ from thanos_deploy.ranks.group import current
 # Tokens of the calibration text that a piece begins with.
 _BEGINNING = 16
 
+# Number of most likely tokens from which the next one is sampled.
 _LIKELIEST = 50
 
-# Pieces that are drawn at once.
+# Pieces that are sampled together.
 _BATCH = 64
 
-# A piece is refused if it is farther out than this share of the calibration text's.
+# Quantile over the pieces of the calibration text beyond which a generated piece is dropped.
 _USUAL = 0.99
 
-# Tokens that make one repetition.
+# Length of a run of tokens that counts as a repetition.
 _REPEATED = 4
 
-# What prose has beside letters, digits and spaces.
+# Characters of prose besides letters, digits and spaces.
 _PUNCTUATION = frozenset(".,;:!?'\"()-\u2013\u2014\u2018\u2019\u201c\u201d\u2026")
 
-# Pieces that are drawn at most, for each that is needed.
+# Largest number of pieces that are sampled for each piece that is needed.
 _PATIENCE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How far text may repeat itself, and how many signs it may have.
+    """Limits on the repetitions and the symbols of a piece of text.
 
     Attributes:
-        repeats: the largest share of runs of `_REPEATED` tokens that occurred before in the piece.
-        signs: the largest share of characters that prose does not have.
+        repeats: largest share of runs of `_REPEATED` tokens that occurred earlier in the piece.
+        signs: largest share of symbols, the characters that prose does not have.
     """
 
     repeats: float
@@ -60,11 +62,11 @@ class Habits:
 
     @classmethod
     def of(cls, pieces: Tensor, tokenizer: PreTrainedTokenizerBase) -> "Habits":
-        """Those of a text.
+        """Measure the limits on the pieces of a text.
 
         Args:
-            pieces: int64[count, length] of it.
-            tokenizer: that made them.
+            pieces: int64[count, length], the token ids of the pieces.
+            tokenizer: the tokenizer of these ids.
         """
         shares = [
             torch.tensor([measure(piece) for piece in pieces.tolist()], dtype=torch.float64)
@@ -73,18 +75,18 @@ class Habits:
         return cls(*(float(share.quantile(_USUAL, interpolation="higher")) for share in shares))
 
     def allow(self, piece: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-        """A piece is no farther out than the text."""
+        """Whether a piece is within the limits."""
         return repeats(piece) <= self.repeats and signs(_shown(piece, tokenizer)) <= self.signs
 
 
 def repeats(piece: Sequence[int]) -> float:
-    """The share of the runs of `_REPEATED` tokens that occurred before."""
+    """The share of the runs of `_REPEATED` tokens that occurred earlier in the piece."""
     runs = list(zip(*(piece[start:] for start in range(_REPEATED)), strict=False))
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def signs(text: str) -> float:
-    """The share of the characters that are no letter, digit or space, nor of prose."""
+    """The share of the characters that are not letters, digits, spaces or punctuation of prose."""
     odd = sum(not (one.isalnum() or one.isspace() or one in _PUNCTUATION) for one in text)
     return odd / len(text) if text else 1.0
 
@@ -94,10 +96,10 @@ def _shown(piece: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def before_question(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template puts before a question.
+    """The text that the chat template puts before a question.
 
     Raises:
-        CalibrationError: there is no template, or it says more than the question's own words.
+        CalibrationError: there is no chat template, or the question is not found in its output.
     """
     question = "QUESTION"
     written = ""
@@ -117,17 +119,17 @@ def before_question(tokenizer: PreTrainedTokenizerBase) -> str:
 def beginnings(
     pieces: Tensor, frame: int, tokenizer: PreTrainedTokenizerBase, *, chat: bool, seed: int
 ) -> Callable[[int], Tensor]:
-    """What the pieces of each batch begin with.
+    """Return a function that gives the tokens with which the pieces of a batch begin.
 
     Args:
-        pieces: int64[count, length] of the calibration text.
-        frame: tokens that are put before each.
-        tokenizer: of the model.
-        chat: begin a conversation.
-        seed: of the choice among the calibration text's.
+        pieces: int64[count, length], pieces of the calibration text.
+        frame: number of tokens, such as BOS, that come before the text of each piece.
+        tokenizer: tokenizer of the model.
+        chat: begin a conversation instead of continuing the calibration text.
+        seed: seed of the choice among the pieces.
 
     Returns:
-        from the number of a batch to int64[batch, tokens].
+        a function from the number of a batch to int64[batch, tokens].
 
     Raises:
         CalibrationError: see `before_question`.
@@ -141,13 +143,13 @@ def beginnings(
 
 @torch.inference_mode()
 def sampled(model: PreTrainedModel, begun: Tensor, length: int, draw: torch.Generator) -> Tensor:
-    """int64[batch, length], beginnings that a model goes on from by drawing tokens.
+    """Continue beginnings by sampling tokens from a model; int64[batch, length].
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         begun: int64[batch, tokens], the beginnings.
-        length: tokens of the whole.
-        draw: on the CPU.
+        length: number of tokens of each result, the beginning included.
+        draw: random generator, on the CPU.
     """
     found, cache = [begun], None
     for _ in range(length - begun.shape[1]):
@@ -170,23 +172,23 @@ def own_text(
     seed: int,
     on_progress: OnProgress = silent,
 ) -> tuple[list[str], int]:
-    """So many pieces of text that a model writes; see the module. All ranks write together.
+    """Generate pieces of text with a model, on all ranks together; see the module.
 
     Args:
-        model: the dense one.
-        tokenizer: its own.
+        model: the dense model.
+        tokenizer: tokenizer of the model.
         begin: see `beginnings`.
-        habits: of the calibration text.
-        count: of pieces that are kept.
-        length: tokens of each.
-        seed: of all draws.
-        on_progress: told of the pieces that there are.
+        habits: limits on the pieces, from the calibration text.
+        count: number of pieces to keep.
+        length: number of tokens of each piece.
+        seed: seed of all sampling.
+        on_progress: called with the number of pieces kept so far.
 
     Returns:
-        the pieces, and how many were drawn for them.
+        the pieces, and how many were sampled to get them.
 
     Raises:
-        CalibrationError: nearly all that the model writes is dropped.
+        CalibrationError: more than three quarters of the sampled pieces are dropped.
     """
     kept: list[str] = []
     drawn = 0
@@ -213,7 +215,7 @@ def own_text(
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """The ids of a batch of pieces, as one rank has drawn it."""
+    """The token ids of one batch of pieces, as sampled by one rank."""
 
     pieces: tuple[tuple[int, ...], ...]
 
@@ -221,7 +223,7 @@ class _Drawn:
 def _batches(
     model: PreTrainedModel, begin: Callable[[int], Tensor], length: int, seed: int
 ) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Batches in the order of their numbers, each rank drawing the next one at the same time."""
+    """Yield batches in the order of their numbers; the ranks sample them side by side."""
     ranks, turn = current(), 0
     while True:
         batch = turn * ranks.size + ranks.rank
@@ -232,5 +234,5 @@ def _batches(
 
 
 def _draw(seed: int, batch: int) -> torch.Generator:
-    """Of a batch, whatever was drawn before it."""
+    """The random generator of a batch, which does not depend on earlier batches."""
     return torch.Generator().manual_seed((seed << 20) + batch)

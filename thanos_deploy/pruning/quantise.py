@@ -1,12 +1,14 @@
 """Quantise a model block by block: the last step, once every weight has its final value.
 
-A walk of its own, after pruning, cutting, tuning and training, each of which would leave the grid.
-Each layer sees its inputs as the quantised layers before it make them. Where tuning is asked for,
-steps of all layers of a block together follow, which end on the grid (`straight_through`).
+This is a separate walk after pruning, cutting, tuning and training, each of which would move
+weights off the grid. Each layer's inputs are those that the quantised layers before it produce. If
+tuning is requested, all layers of a block then take optimisation steps together, which end on the
+grid (`straight_through`).
 
-One walk for both would save forward passes where nothing follows the pruning of a layer. But the
-preset "best" tunes a whole block, `--recover` trains the whole model, and cutting decides on widths
-from a walk before: it would serve the preset "fast" alone, and be a second way to the same result.
+A single walk for pruning and quantisation would save forward passes where nothing follows the
+pruning of a layer. But the preset "best" tunes whole blocks, `--recover` trains the whole model,
+and cutting decides on widths from an earlier walk. So a single walk would serve the preset "fast"
+alone, and be a second way to the same result.
 """
 
 import statistics
@@ -45,24 +47,26 @@ from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.layer import Factor, LayerProblem
 from thanos_deploy.solver.quantise import quantise
 
-# A few huge inputs leave the median as it is. Chosen on held-out C4; see benchmarks/LOG.md.
+# The median, because a few huge inputs do not move it. Chosen on held-out C4; see
+# benchmarks/LOG.md.
 DAMPING = Damping(damping=0.15, damping_mode="median")
 
-# Rows of a layer that are quantised as one at least: columns go one by one, and each takes as long
-# as a few hundred rows do.
+# Fewest rows of a layer in one job: columns are quantised one by one, and the fixed cost of each
+# equals that of a few hundred rows.
 _ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One linear layer as it was quantised.
+    """Report on one quantised linear layer.
 
     Attributes:
         name: full name in the model.
-        relative_error: fraction of the energy of its output that is lost, before steps of the whole
-            block; None where the statistics could not be used.
-        rounding_error: the same if it had been rounded.
-        failure: why the statistics could not be used, and it was rounded; empty if they could.
+        relative_error: fraction of the output energy that is lost, before the whole block is tuned;
+            None if the statistics could not be used.
+        rounding_error: the same if every weight had been rounded to the nearest grid value.
+        failure: why the statistics could not be used, so that the layer was rounded; empty if they
+            could.
     """
 
     name: str
@@ -73,11 +77,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantisedBlock:
-    """One block.
+    """Report on one quantised block.
 
     Attributes:
-        layers: in the order of the forward pass.
-        tuned: what steps of all of them together did; None if there were none.
+        layers: reports on its layers, in the order of the forward pass.
+        tuned: result of tuning all of them together; None if they were not tuned.
     """
 
     layers: tuple[LayerReport, ...]
@@ -102,23 +106,24 @@ def quantise_model(
 ) -> Quantisation:
     """Quantise the linear layers of every block, and write an ordinary model folder.
 
-    The folder has the values that the codes stand for, rounded to the dtypes of the checkpoint. The
-    codes themselves go to one file for each block; see `pruning.codes`.
+    The folder holds the values that the codes stand for, rounded to the dtypes of the checkpoint.
+    The codes themselves are written to one file for each block; see `pruning.codes`.
 
     Args:
         checkpoint: the model, pruned or not.
         segments: int64[count, length], calibration tokens.
-        destination: an empty folder; None for a rank that writes nothing.
-        codes: an empty folder for the files of codes; likewise.
-        grid: what to quantise to.
-        tuning: steps of all layers of a block together, towards the block that is not quantised.
-        further: int64[count, length], tokens that blocks are only tuned on; None for none.
-        damping: of the Hessians.
+        destination: an empty folder for the model; None for a rank that writes nothing.
+        codes: an empty folder for the files of codes; None for a rank that writes nothing.
+        grid: the grid to quantise to.
+        tuning: steps that tune all layers of a block together, towards the block before
+            quantisation.
+        further: int64[count, length], tokens that only the tuning steps use; None for none.
+        damping: damping of the Hessians.
         forward: the dtype in which blocks run, float32 or bfloat16.
         device: where each block is while it is quantised.
         hold: see `walk.visit_blocks`.
-        journal: where to keep every finished block; those that it has are not done again.
-        on_progress: told of every finished block.
+        journal: keeps every finished block; blocks that it already holds are not quantised again.
+        on_progress: called after every finished block.
 
     Raises:
         ModelError: weights are missing or have NaN, or a value does not fit their dtype.
@@ -166,7 +171,7 @@ def quantise_model(
 def _block(
     visit: Visit, grid: Grid, damping: Damping, steps: int
 ) -> tuple[QuantisedBlock, dict[str, Quantised]]:
-    """Quantise, in place, the layers of a block, and take steps of all of them; by full name."""
+    """Quantise the layers of a block in place, then tune them; return the layers by full name."""
     layers, quantised = [], {}
     with visit.clock.measure("solve"):
         for linear, report, layer in _layers(visit, grid, damping):
@@ -195,7 +200,7 @@ def _block(
 def _layers(
     visit: Visit, grid: Grid, damping: Damping
 ) -> Iterator[tuple[str, LayerReport, Quantised]]:
-    """Quantise, in place, the layers of a block, those that read one input after another."""
+    """Quantise the layers of a block in place, turn by turn; yield each layer and its report."""
     names = {visit.prefix + linear for linear in visit.structure.linears}
     for groups, collected in gather(visit, names, Walk(true_sequential=True)):
         jobs = Jobs(visit, groups, lambda _, rows: spread.even(rows, max(1, rows // _ROWS)))
@@ -222,13 +227,13 @@ def _layers(
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """What became of a job, but for the codes.
+    """Report on one job, without its codes.
 
     Attributes:
-        energy: of the output of these rows.
-        lost, lost_by_rounding: of it, by the codes, and if every weight had been rounded; None
-            where the statistics could not be used.
-        failure: why they could not.
+        energy: output energy of the rows of the job.
+        lost, lost_by_rounding: output energy lost by the codes, and lost if every weight had been
+            rounded; None if the statistics could not be used.
+        failure: why the statistics could not be used; empty if they could.
     """
 
     energy: float
@@ -238,7 +243,7 @@ class _Solved:
 
 
 def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantised, _Solved]:
-    """With compensation if the statistics allow it, else rounded."""
+    """Quantise a job with compensation if the statistics allow it, otherwise by rounding."""
     try:
         solved = quantise(problem, grid, damping)
     except HessianError as error:
@@ -254,7 +259,7 @@ def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantis
 def _spread(
     visit: Visit, jobs: Jobs, place: int, grid: Grid, solved: Quantised | None
 ) -> Quantised:
-    """On all ranks what one has solved; `solved` is None on the others."""
+    """Broadcast the result of a job from its owner; `solved` is None on the other ranks."""
     rows, owner = jobs.rows[place], jobs.owners[place]
     if solved is None:
         count, cols = (
@@ -270,7 +275,7 @@ def _spread(
 
 
 def _joined(parts: Sequence[Quantised]) -> Quantised:
-    """A layer from its rows."""
+    """Join the parts of a layer along its rows."""
     return Quantised(
         parts[0].grid,
         torch.cat([part.codes for part in parts]),
@@ -280,7 +285,7 @@ def _joined(parts: Sequence[Quantised]) -> Quantised:
 
 
 def _report(name: str, parts: Sequence[_Solved]) -> LayerReport:
-    """The report of a layer from those of its jobs, whose statistics are the same."""
+    """Combine the reports on the jobs of a layer, which share the same statistics."""
     lost = [part.lost for part in parts if part.lost is not None]
     rounding = [part.lost_by_rounding for part in parts if part.lost_by_rounding is not None]
     if len(lost) < len(parts):

@@ -1,6 +1,6 @@
-"""What is to be set to zero, and how: values that need no PyTorch.
+"""Options for setting weights to zero; importing this module needs no PyTorch.
 
-What is to be cut out instead is `thanos_deploy.shrink.options.Cut`.
+Options for cutting out heads and channels are in `thanos_deploy.shrink.options.Cut`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Layers(Options):
     """Which linear layers are pruned; see `thanos_deploy.model.assignment.assign`.
 
     Attributes:
-        include: the layers that may be pruned; none for all.
-        ignore: layers that stay dense.
-        sparsity_file: path of a file of layers with patterns of their own, or None.
-        keep_dense: of the weights that would be pruned, the share that stays, in the layers whose
-            pruning changes the model most for what it saves; see `pruning.sensitivity`.
+        include: selectors of the layers that may be pruned; empty for all.
+        ignore: selectors of layers that stay dense.
+        sparsity_file: path of a JSON file that gives layers their own patterns, or None.
+        keep_dense: fraction of the weights to be pruned that stays dense instead, in the layers
+            whose pruning changes the model most for what it saves; see `pruning.sensitivity`.
     """
 
     include: tuple[str, ...] = option(
@@ -74,8 +74,8 @@ class Owl(Options):
     The defaults are the paper's.
 
     Attributes:
-        threshold: M.
-        spread: lambda.
+        threshold: M, the multiple of a block's mean score above which a score is an outlier.
+        spread: lambda, the largest difference between the sparsity of a block and of the pattern.
     """
 
     threshold: float = option(
@@ -91,10 +91,10 @@ class Owl(Options):
     )
 
     def check(self, sparsity: float) -> None:
-        """Refuse a spread by which a block would lose less than nothing or more than all.
+        """Refuse a spread that could put the sparsity of a block outside 0 to 1.
 
         Raises:
-            UsageError: it would.
+            UsageError: the spread is negative or too large.
         """
         room = min(sparsity, 1.0 - sparsity)
         if not 0.0 <= self.spread <= room:
@@ -107,7 +107,7 @@ class Owl(Options):
 
 @dataclass(frozen=True, slots=True)
 class Recipe(Options):
-    """What to set to zero, and how.
+    """How to prune a model by setting weights to zero.
 
     Attributes:
         pattern: the sparsity pattern.
@@ -115,14 +115,15 @@ class Recipe(Options):
         options: the method's `Options`.
         walk: how to walk through the model.
         layers: which layers to prune.
-        owl: how blocks get sparsities of their own; None for the pattern's everywhere.
-        forward: what blocks run in on calibration data; "auto" is bf16 where the device multiplies
-            that natively.
-        budget: how fast the pruned model has to be, so that the other layers stay dense; None to
-            prune all.
+        owl: how blocks get sparsities of their own; None for the pattern's sparsity everywhere.
+        forward: precision in which blocks run on calibration data; "auto" is bf16 if the device
+            multiplies it natively.
+        budget: speed required of the pruned model; layers that need not be pruned for it stay
+            dense. None to prune all layers.
 
     Raises:
-        UsageError: two of these have no meaning together, or a value is out of range.
+        UsageError: options exclude each other, or a value is out of range.
+        TypeError: `options` are not options of the method.
     """
 
     pattern: Pattern
@@ -140,7 +141,7 @@ class Recipe(Options):
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning together."""
+        """Refuse options that exclude each other."""
         Options.__post_init__(self)
         if not isinstance(self.options, methods.load(self.method).options):
             raise TypeError(f"{type(self.options)} are not options of method {self.method}")
@@ -168,10 +169,10 @@ class Recipe(Options):
         self.owl.check(self.pattern.sparsity)
 
     def _check_budget(self, budget: Budget) -> None:
-        """Refuse what a budget of time excludes.
+        """Refuse options that a speed budget excludes.
 
         Raises:
-            UsageError: there is such.
+            UsageError: there is such an option.
         """
         if self.owl is not None or self.layers.keep_dense:
             other = "--allocation owl" if self.owl is not None else "--keep-dense"
@@ -196,10 +197,11 @@ class Recipe(Options):
         owl: bool = False,
         **given: Any,
     ) -> Recipe:
-        """A preset of a method, but for what is given.
+        """Build a recipe from a preset of a method, overridden by the given options.
 
-        Columns of zeros are fitted as a whole when they are chosen, and steps that a preset would
-        have taken after that made them worse on held-out text; see benchmarks/LOG.md.
+        A structured pattern does not take over the preset's tuning steps. Its columns are fitted as
+        a whole when they are chosen, and tuning them afterwards made the model worse on held-out
+        text; see benchmarks/LOG.md.
 
         Args:
             pattern: the sparsity pattern.
@@ -207,10 +209,10 @@ class Recipe(Options):
             preset: one of `methods.PRESET_NAMES`.
             owl: give every block a sparsity of its own.
             given: options of the method, of `Walk`, `Layers`, `Owl`, `Budget` and this class, by
-                their keywords; see `option.Option`.
+                keyword; see `option.Option`.
 
         Raises:
-            UsageError: options have no meaning together, or are out of range.
+            UsageError: options exclude each other, or a value is out of range.
         """
         taken = methods.load(method)
         walk = taken.preset(preset).walk
@@ -229,26 +231,26 @@ class Recipe(Options):
 
     @property
     def tuning(self) -> Tuning:
-        """Steps of all pruned layers of a block together."""
+        """The steps that tune all pruned layers of a block together."""
         return self.walk
 
     @property
     def surveys(self) -> bool:
-        """A walk through the dense model decides what each block loses."""
+        """Whether a walk through the dense model decides how much each block or layer loses."""
         return self.owl is not None or self.tries_layers
 
     @property
     def tries_layers(self) -> bool:
-        """A walk through the dense model tries what pruning each group of layers changes."""
+        """Whether a walk through the dense model measures what pruning each group would change."""
         return self.budget is not None or self.layers.keep_dense > 0.0
 
     @property
     def walks_dense(self) -> bool:
-        """The calibration data passes the dense model as well."""
+        """Whether the calibration data also passes through the dense model."""
         return self.walk.with_dense
 
     def forward_on(self, device: torch.device) -> str:
-        """What blocks run in on calibration data on a device: "fp32" or "bf16"."""
+        """Return the precision in which blocks run on calibration data: "fp32" or "bf16"."""
         from thanos_deploy.machine.precision import multiplies_bfloat16
 
         if self.forward != "auto":

@@ -2,17 +2,17 @@
 
 At every position of the calibration text, the pruned model learns the dense model's distribution of
 the next token (knowledge distillation: Hinton, Vinyals and Dean, arXiv 1503.02531); the token that
-really comes next plays no part. Only the weights of the blocks' linear layers learn. One that is
-zero stays zero, so every pattern survives.
+really comes next plays no part. Only the weights of the blocks' linear layers are trained. A weight
+that is zero stays zero, so every pattern survives.
 
-This needs both models in memory, in float32, and for each weight that learns also its gradient and
-the two moments of AdamW. Several ranks share the blocks of both (`ranks.sharded`). Products are
-taken in bfloat16 where the device has instructions for matrices of it.
+Memory has to hold both models in float32 and, for each trained weight, its gradient and the two
+moments of AdamW. The blocks of both models are sharded over the ranks (`ranks.sharded`). Matrix
+products are in bfloat16 where the device multiplies it natively.
 
-The sequences of a step are cut into parts, the same for every number of ranks, which compute them
-side by side; the gradients of the parts are added up in their order, and each rank takes the step
-for its share of the weights. What else can learn so is a `Student`: `low_rank` and `train_scales`
-have one.
+The sequences of a step are split into parts, which are the same for every number of ranks. Ranks
+compute parts side by side, gradients are added up in the order of the parts, and each rank takes
+the step for its shard of the weights. A `Student` defines what is trained: here the weights
+themselves, in `low_rank` low-rank updates, and in `train_scales` the scales of a quantised model.
 """
 
 import logging
@@ -47,27 +47,27 @@ from thanos_deploy.ranks.spread import even
 
 logger = logging.getLogger(__name__)
 
-# Shown the number of a step that is done, from 1 on, and the model as it is then.
+# Called after each step with its number, from 1 on, and the model.
 Watch = Callable[[int, PreTrainedModel], None]
 
 
 def unwatched(step: int, model: PreTrainedModel) -> None:
-    """Nobody looks at the model before it is finished."""
+    """Do nothing: the default for `watch`."""
 
 
-# What measured best on held-out text; see benchmarks/LOG.md.
+# These values measured best on held-out text; see benchmarks/LOG.md.
 LEARNING_RATE = 4e-4
 _TOKENS_A_STEP = 2048
-_WARM_UP = 0.1  # of the steps
+_WARM_UP = 0.1  # fraction of the steps
 
-# Parts of a step, if it looks at so many sequences.
+# Largest number of parts that the sequences of a step are split into.
 _PARTS = 4
 
-# What AdamW keeps of each tensor, under its names.
+# The state that AdamW keeps for each tensor, under AdamW's own names.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# Logits of so many tokens at once: a vocabulary of floats each. Beyond 32 MB glibc fetches every
-# tensor from the system anew.
+# Tokens whose logits are computed at once, each with one float per entry of the vocabulary. Above
+# 32 MB, glibc requests every tensor from the system anew.
 _TOKENS_AT_ONCE = 128
 
 
@@ -85,20 +85,22 @@ def recover(
     on_progress: OnProgress = silent,
     watch: Watch = unwatched,
 ) -> Recovery:
-    """Train a pruned model towards the dense one, and write it in the dtypes that it has.
+    """Train a pruned model towards the dense one, and write it in its own dtypes.
 
     Args:
-        pruned: the model that learns.
-        dense: the model that it was made from.
+        pruned: the model to train.
+        dense: the dense model that it was made from.
         segments: int64[available, length], calibration tokens.
         destination: an empty folder; None for a rank that writes nothing.
-        count: of segments to learn from; where it is more than there are, they come again.
-        update_rank: of the update of each weight, see `low_rank`; 0 for the weights themselves.
-        seed: of the segments' order, and of what an update begins with.
+        count: number of segments to train on; if it exceeds `available`, segments are repeated.
+        update_rank: rank of the low-rank update of each weight, see `low_rank`; 0 to train the
+            weights themselves.
+        seed: seed of the order of the segments and of the initial low-rank updates.
         device: where both models are.
-        journal: by which it goes on after it was ended; None to begin, and keep nothing.
-        on_progress: told of every finished step.
-        watch: shown the model after every step, which it must leave as it is.
+        journal: journal from which an interrupted training continues; None to start from the
+            beginning and keep nothing.
+        on_progress: called after every step.
+        watch: called with the model after every step; it must not change the model.
 
     Raises:
         ModelError: a model does not load, or a value does not fit its dtype.
@@ -125,38 +127,38 @@ def recover(
 
 
 class Student(Protocol):
-    """What learns of a model whose weights are made of it."""
+    """The trained tensors of a model, from which its weights are computed."""
 
     @property
     def learned(self) -> Sequence[Part]:
-        """What AdamW changes, in place; the same tensors every time."""
+        """The tensors that AdamW changes in place; the same tensors on every call."""
         ...
 
     @property
     def made(self) -> Sequence[Part]:
-        """What was made of it step by step, and cannot be made of it again to the last bit."""
+        """Tensors updated step by step that `learned` cannot reproduce to the last bit."""
         ...
 
     @property
     def rate(self) -> float:
-        """The largest one of AdamW."""
+        """The largest learning rate of AdamW."""
         ...
 
     def receive(self) -> None:
-        """Give what is learned its gradient, from those of the model's weights."""
+        """Set the gradients of `learned` from the gradients of the model's weights."""
         ...
 
     def settle(self) -> None:
-        """Have the model run with what has been learned."""
+        """Update the model's weights from `learned`."""
         ...
 
     def resume(self) -> None:
-        """Go on from `learned` and `made`, which hold what they held after a step."""
+        """Continue after `learned` and `made` have been restored to their values after a step."""
         ...
 
 
 class _Kept:
-    """The weights that are not zero; each rank has rows of them, which the model runs with."""
+    """The non-zero weights themselves as a `Student`; each rank trains its rows of them."""
 
     rate = LEARNING_RATE
     made: Sequence[Part] = ()
@@ -170,7 +172,7 @@ class _Kept:
         """See `Student`."""
         gradients = [self._learner.gradient(name) for name in self._names]
         for weight, gradient, keep in zip(self.learned, gradients, self._kept, strict=True):
-            # With a gradient of zero Adam's moments are zero too, and nothing moves.
+            # With a gradient of zero, Adam's moments are zero too, and the weight does not move.
             weight.tensor.grad = gradient.mul_(keep)
         _clip(self._learner, self._names, 1.0)
 
@@ -194,11 +196,15 @@ def distil(
     on_progress: OnProgress,
     watch: Watch = unwatched,
 ) -> tuple[Sharded, Recovery]:
-    """Let a model learn from the dense one; for the arguments that are not here see `recover`.
+    """Train a model towards the dense one; for the arguments that are not listed see `recover`.
 
     Args:
-        learning: the model that learns, in memory.
-        student_of: what learns of it; only the weights of the blocks' linear layers have gradients.
+        learning: the model to train.
+        student_of: makes the `Student` of the loaded model, in which only the weights of the
+            blocks' linear layers have gradients.
+
+    Returns:
+        the trained model, and a report on the training.
     """
     started = time.perf_counter()
     before = 0.0 if journal is None else journal.reached.seconds
@@ -207,8 +213,8 @@ def distil(
     model.requires_grad_(False)
     for name in learning.linears:
         weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
-        # AdamW's fused step takes entries in the order of memory, and so would mix up those of a
-        # view that is transposed, as some experts' weights are, with their gradients.
+        # AdamW's fused step reads entries in the order of memory. So it would pair the entries of a
+        # transposed view, as some experts' weights are, with the wrong gradients.
         weight.data = weight.data.contiguous()
     learner, _ = (
         Sharded(one, [one.get_submodule(block.prefix.rstrip(".")) for block in checkpoint.blocks])
@@ -236,7 +242,7 @@ def distil(
 
 
 def _order(available: int, count: int, seed: int) -> Tensor:
-    """int64[count], numbers of segments: all of them in one random order, then in another, ..."""
+    """Numbers of segments, int64[count]: all in one random order, then in another, and so on."""
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(available, generator=generator) for _ in range(-(-count // available))]
     return torch.cat(rounds)[:count]
@@ -253,7 +259,7 @@ def _train(
     told: OnProgress,
     watch: Watch,
 ) -> list[float]:
-    """Train in place; returns the mean divergence of each step, in nats per token."""
+    """Train in place; return the mean divergence of each step, in nats per token."""
     model = learner.model
     optimiser = torch.optim.AdamW(
         [one.tensor for one in student.learned], betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -262,7 +268,7 @@ def _train(
         optimiser,
         student.rate,
         total_steps=len(batches),
-        # It divides by the steps of warming up less one.
+        # The scheduler divides by the number of warm-up steps minus 1, so that must not be 1.
         pct_start=_WARM_UP if len(batches) * _WARM_UP != 1.0 else 1.5 * _WARM_UP,
         cycle_momentum=False,
     )
@@ -272,15 +278,15 @@ def _train(
         reached = journal.reached
         _resume(journal, learner, student, optimiser)
         for _ in range(reached.step):
-            optimiser.step()  # nothing has a gradient, so this only counts for the schedule
+            optimiser.step()  # changes nothing without gradients; the schedule expects the call
             schedule.step()
-    divergence: list[Tensor] = []  # of this rank's parts since; the host reads it when it must
+    divergence: list[Tensor] = []  # of this rank's parts since `reached`; stays on the device
     told(reached.step, len(batches))
     for step, batch in enumerate(batches[reached.step :], reached.step):
         parts = even(len(batch), _PARTS)
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         for turn in learner.turns(len(parts)):
-            # Whoever has no part computes one whose gradient is not added.
+            # A rank without a part computes the last part, and its gradient is not added.
             ids = batch[parts[len(parts) - 1 if turn is None else turn]].to(model.device)
             with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
                 with torch.no_grad():
@@ -309,13 +315,13 @@ def _train(
 
 
 def _together(divergence: list[Tensor]) -> list[float]:
-    """All ranks' divergence in each step, of what each has of it."""
+    """Sum the divergence of each step over all ranks."""
     by_rank = current().gather(_Divergence(tuple(torch.stack(divergence).tolist())))
     return [math.fsum(parts) for parts in zip(*(one.nats for one in by_rank), strict=True)]
 
 
 def _state(student: Student, optimiser: torch.optim.AdamW) -> dict[str, Part]:
-    """What training goes on from, by name."""
+    """The tensors from which the training can continue, by name."""
     parts = {f"made.{number}": part for number, part in enumerate(student.made)}
     for number, part in enumerate(student.learned):
         parts[f"learned.{number}"] = part
@@ -332,7 +338,7 @@ def _keep(
     student: Student,
     optimiser: torch.optim.AdamW,
 ) -> None:
-    """Write down how far the training has come."""
+    """Write the state of the training to the journal."""
     parts = _state(student, optimiser)
     kinds = {name: (part.tensor.dtype, learner.shape(part)) for name, part in parts.items()}
     journal.keep(reached, kinds, lambda name: learner.gathered(parts[name]))
@@ -341,10 +347,10 @@ def _keep(
 def _resume(
     journal: TrainingJournal, learner: Sharded, student: Student, optimiser: torch.optim.AdamW
 ) -> None:
-    """Have a student and its optimiser be what they were."""
+    """Restore a student and its optimiser from the journal."""
     for part in student.learned:
         optimiser.state[part.tensor] = {
-            # As AdamW begins it; its fused step has it where the tensor is.
+            # In the form that AdamW creates; the fused step needs it on the tensor's device.
             "step": torch.tensor(float(journal.reached.step), device=part.tensor.device),
             **{name: torch.zeros_like(part.tensor) for name in _MOMENTS},
         }
@@ -363,7 +369,7 @@ class _Divergence:
 
 
 def _clip(learner: Sharded, names: Sequence[str], most: float) -> None:
-    """Scale the gradients so that their norm, of all weights together, is at most so much."""
+    """Scale the gradients so that their norm over all weights is at most `most`."""
     rows = [
         learner.whole(learner.gradient(name).double().square().sum(dim=1), name) for name in names
     ]
@@ -374,19 +380,19 @@ def _clip(learner: Sharded, names: Sequence[str], most: float) -> None:
 
 
 def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head], tokens: int) -> Tensor:
-    """Add the gradient of a part of the mean divergence to the parameters; return that part.
+    """Add the gradient of some tokens' part of the mean divergence; return that part.
 
-    The gradient of KL(q || p) by the logits that p is the softmax of is p - q, so the vocabulary
-    appears in no graph but that of the head, a few tokens at a time.
+    For p = softmax(logits), the gradient of KL(q || p) with respect to the logits is p - q. So only
+    the head has a graph with tensors of the size of the vocabulary, for a few tokens at a time.
 
     Args:
-        learned: [tokens, hidden], what the head of the model that learns reads, with its graph.
-        wanted: [tokens, hidden], the same of its teacher.
-        heads: of both.
-        tokens: of which it is the mean, these among them.
+        learned: [tokens, hidden], the input of the trained model's head, with its graph.
+        wanted: [tokens, hidden], the input of the teacher's head.
+        heads: the heads of the trained model and of the teacher.
+        tokens: number of tokens that the mean is taken over, including these.
 
     Returns:
-        float64, a scalar on the device.
+        the part of the mean divergence in nats, a float64 scalar on the device.
     """
     states = learned.detach().requires_grad_()
     total = torch.zeros((), dtype=torch.float64, device=states.device)
@@ -406,18 +412,18 @@ def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head], tokens: int
 
 
 def _tenths(values: Sequence[float]) -> list[Sequence[float]]:
-    """The values in ten parts of nearly equal length, or one each where they are fewer."""
+    """Split values into ten parts of nearly equal length, or into fewer parts of one value each."""
     parts = min(10, len(values))
     bounds = [len(values) * number // parts for number in range(parts + 1)]
     return [values[start:stop] for start, stop in pairwise(bounds)]
 
 
 def write(learner: Sharded, trained: Checkpoint, destination: Path | None) -> None:
-    """Write a model that has learned, in the dtypes that it has; all ranks, of which one writes.
+    """Write a trained model in the dtypes of its checkpoint; all ranks call this, one writes.
 
     Args:
-        learner: it.
-        trained: what it was before.
+        learner: the trained model.
+        trained: the checkpoint that it was loaded from.
         destination: an empty folder; None for a rank that writes nothing.
 
     Raises:

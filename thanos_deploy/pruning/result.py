@@ -1,4 +1,4 @@
-"""What pruning leaves in a bundle: what became of the layers, or of the widths of the blocks.
+"""Records that pruning leaves in a bundle: its options and inputs, and reports on its steps.
 
 Standard library only, so that a report needs no PyTorch.
 """
@@ -21,18 +21,19 @@ from thanos_deploy.pruning.budget import Choices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunedLayer:
-    """One linear layer, as it was written.
+    """Report on one linear layer, as it was written.
 
     Attributes:
         name: full name in the model.
-        rows, cols: outputs and inputs.
-        pattern: what it was pruned to, or "dense"; None in records from before each had its own.
+        rows, cols: numbers of outputs and inputs.
+        pattern: the pattern it was pruned to, or "dense"; None in records from before layers had
+            patterns of their own.
         sparsity: fraction of zeros.
-        pattern_holds: the written weight keeps the pattern everywhere.
-        relative_error: fraction of the energy of the output that the layer aims at, on the
-            calibration data, that the pruned weight misses; before it is tuned.
-        damping: what the method used.
-        solver: where the weight comes from; see `Solution`, and "none" for a dense layer. Empty in
+        pattern_holds: whether the written weight has the pattern everywhere.
+        relative_error: fraction of the energy of the target output, on the calibration data, that
+            the pruned weight misses; before tuning.
+        damping: the damping that the method used.
+        solver: how the weight was computed; see `Solution`, and "none" for a dense layer. Empty in
             records from before there was a choice, like `failures`.
         failures: see `Solution`.
         seconds: time that the method took.
@@ -53,11 +54,11 @@ class PrunedLayer:
 
 @dataclass(frozen=True, slots=True)
 class PrunedBlock:
-    """One block: its layers and where the time went.
+    """Report on one block: its layers and where the time went.
 
     Attributes:
-        layers: its linear layers, in the order of the forward pass.
-        seconds: time by activity; none for what was not done.
+        layers: reports on its linear layers, in the order of the forward pass.
+        seconds: time by activity; activities that did not take place are absent.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -66,17 +67,17 @@ class PrunedBlock:
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """What a model was pruned with, as far as somebody asks.
+    """The options that a model was pruned with; those that other code reads have fields.
 
     Attributes:
         pattern: the sparsity pattern, as it is spelled.
         method: name of the method.
-        cut: heads and channels were cut out.
-        recover: on how many segments what is left was trained.
-        recover_text: of which text; see `PruneRequest`.
-        recover_rank: of the updates that were trained, 0 for the weights themselves.
-        quantize: what was quantised to; None for nothing.
-        others: everything else; which there is depends on the method.
+        cut: whether heads and channels were cut out.
+        recover: number of segments that the remaining weights were trained on.
+        recover_text: the kind of text that they were trained on; see `PruneRequest`.
+        recover_rank: rank of the low-rank updates that were trained; 0 for the weights themselves.
+        quantize: the grid that the weights were quantised to; None if they were not.
+        others: all other options, which depend on the method.
     """
 
     pattern: str
@@ -91,14 +92,14 @@ class PruneOptions:
 
 @dataclass(frozen=True, slots=True)
 class PruneInputs:
-    """What pruning read.
+    """The inputs of pruning.
 
     Attributes:
         model: hash of the dense model.
-        text: of the calibration text; None where there is no record of it.
-        frame: ids that segments begin with.
-        sparsity_file: hash of a file of layers with patterns of their own.
-        budget_measured: of a file of measured matrix products.
+        text: hash of the calibration text; None where it was not recorded.
+        frame: token ids that segments begin with.
+        sparsity_file: hash of the file that gives layers their own patterns.
+        budget_measured: hash of the file with measured times of matrix products.
     """
 
     model: str | None = field(default=None, metadata=LATER)
@@ -110,16 +111,16 @@ class PruneInputs:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What the training did.
+    """Report on the training of a pruned or quantised model.
 
     Attributes:
         divergence: mean Kullback-Leibler divergence from the dense model in nats per token, taken
-            while it learned, over each tenth of the steps in turn.
-        tokens: that it learned from, repetitions counted.
-        dtype: of the products: "bf16" or "fp32".
-        seconds: of all of it.
-        drawn: pieces of text that the dense model wrote for it, dropped ones too; None where it
-            learned from the calibration text.
+            during the training, over each tenth of the steps in turn.
+        tokens: number of tokens that the model was trained on, repetitions included.
+        dtype: dtype of the matrix products: "bf16" or "fp32".
+        seconds: time that the training took.
+        drawn: number of pieces of text that the dense model generated for it, including dropped
+            ones; None if the model was trained on the calibration text.
     """
 
     divergence: tuple[float, ...]
@@ -131,14 +132,14 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class TunedBlocks:
-    """What steps of all quantised layers of a block together did.
+    """Report on tuning the quantised layers of each block together.
 
     Attributes:
-        blocks: how many had them.
-        better: of these, how many came nearer; the others were put back.
-        median_error_before, median_error: over the blocks, of the mean over tokens of the squared
-            error of what leaves a block, relative to its size, with the errors of the blocks before
-            it; before the steps and in the end.
+        blocks: number of blocks that were tuned.
+        better: number of these blocks whose error became smaller; the others were restored.
+        median_error_before, median_error: median over the blocks before and after tuning. The error
+            of a block is the mean over the tokens of the squared error of its output, relative to
+            the output's size, and includes the errors of the blocks before it.
     """
 
     blocks: int
@@ -149,16 +150,17 @@ class TunedBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How the linear layers of the blocks were quantised.
+    """Report on quantising the linear layers of the blocks.
 
     Attributes:
-        grid: what to; see `solver.grid`.
-        median_relative_error: over the layers, fraction of the energy of the output that is lost;
-            None if no layer had statistics.
+        grid: the grid; see `solver.grid`.
+        median_relative_error: median over the layers of the fraction of the output energy that is
+            lost; None if no layer had usable statistics.
         median_rounding_error: the same if every weight had been rounded.
-        rounded: layers whose statistics could not be used, and why; they were rounded.
-        tuned: what steps of whole blocks did after that; None if there were none.
-        trained: what training the scales of the whole model did at last; None if they were not.
+        rounded: maps the layers that were rounded, because their statistics could not be used, to
+            the reason.
+        tuned: report on tuning whole blocks afterwards; None if they were not tuned.
+        trained: report on training the scales of the whole model; None if they were not trained.
     """
 
     grid: str
@@ -171,13 +173,13 @@ class Quantisation:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A layer whose statistics did not allow what was asked for.
+    """A layer whose statistics did not allow the requested solver or damping.
 
     Attributes:
         layer: its name.
-        solver: what was used in the end.
-        damping: the same.
-        failures: why what was tried before gave nothing.
+        solver: the solver that was used in the end.
+        damping: the damping that was used in the end.
+        failures: the reasons why earlier attempts failed.
     """
 
     layer: str
@@ -188,14 +190,15 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class WidthsSummary:
-    """What becomes of the widths of a model.
+    """The widths that a model is cut to, and the parameters that remain.
 
     Attributes:
-        removed: fraction of the blocks' parameters that goes.
-        stock_config: a stock config.json describes the result.
-        block_parameters_before, block_parameters_after: of all blocks together.
-        predicted_loss: mean over the blocks.
-        blocks: one for each block.
+        removed: fraction of the blocks' parameters that is removed.
+        stock_config: whether a stock config.json describes the result.
+        block_parameters_before, block_parameters_after: number of parameters of all blocks
+            together.
+        predicted_loss: mean of the predicted losses of the blocks.
+        blocks: one plan for each block.
     """
 
     removed: float
@@ -208,10 +211,10 @@ class WidthsSummary:
 
 @dataclass(frozen=True, slots=True)
 class PartBytes:
-    """Bytes of a checkpoint by part; see `parts`.
+    """Bytes of the dense and of the pruned checkpoint, by part; see `thanos_deploy.model.parts`.
 
     Raises:
-        ValueError: the two models have other parts.
+        ValueError: the two checkpoints have different parts.
     """
 
     dense: Mapping[str, int]
@@ -224,23 +227,25 @@ class PartBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersSummary:
-    """What became of the linear layers.
+    """Summary of the reports on the linear layers.
 
-    The first eight are of zeros, so they are None where heads and channels were cut out, and those
-    that came later are None in old records.
+    If heads and channels were cut out, the fields from `layers` to `layers_off_pattern` are None,
+    because they describe zeros. Fields that were added later are None in old records.
 
     Attributes:
-        layers: how many there are.
-        weights: of all of them.
-        sparsity: fraction of these that is zero.
-        patterns: how many layers were pruned to which pattern, or left dense.
-        layers_left_dense: names.
-        pattern_holds: every pruned layer keeps its pattern.
-        layers_off_pattern: names of those that do not.
-        retries: the layers whose statistics did not allow what was asked for.
-        median_relative_error, worst_relative_error: see `PrunedLayer`.
-        worst_layer: its name.
-        largest_damping: that a method used.
+        layers: number of linear layers.
+        weights: number of weights in all of them.
+        sparsity: fraction of these weights that is zero.
+        patterns: number of layers by the pattern they were pruned to, or left dense.
+        layers_left_dense: names of the layers left dense.
+        pattern_holds: whether every pruned layer has its pattern everywhere.
+        layers_off_pattern: names of the pruned layers that do not have their pattern everywhere.
+        retries: the layers whose statistics did not allow the requested solver or damping; None if
+            heads and channels were cut out and every part could be fitted.
+        median_relative_error, worst_relative_error: see `PrunedLayer`; in a cut model, of the heads
+            and the channels of every block.
+        worst_layer: name of the layer, or of the part of a block, with the worst relative error.
+        largest_damping: largest damping that a method used.
     """
 
     layers: int | None = field(default=None, metadata=LATER)
@@ -259,26 +264,26 @@ class LayersSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult(LayersSummary):
-    """What the stage prune reports.
+    """Result of the stage prune.
 
     Attributes:
-        widths: what was cut out; None if all shapes are the dense model's.
+        widths: the widths that the model was cut to; None if all shapes are the dense model's.
         choices: which groups of layers stayed dense under a budget, and what each saved and cost;
-            None where there was no budget.
-        recovery: what training what is left did; None if there was none.
-        quantisation: what quantising did; None if there was none.
-        frame: what calibration segments begin with.
-        survey_seconds: of a walk through the dense model; None if there was none.
-        collect_seconds, solve_seconds, tune_seconds, forward_seconds, journal_seconds: of all
-            blocks together, by activity; see `layers.ACTIVITIES`.
-        device: where it was done.
-        peak_memory_bytes: of the process.
-        dense_bytes: of the dense model's weights.
+            None if there was no budget.
+        recovery: report on training the remaining weights; None if they were not trained.
+        quantisation: report on quantising the model; None if it was not quantised.
+        frame: the tokens that calibration segments begin with.
+        survey_seconds: seconds of the walk through the dense model; None if there was none.
+        collect_seconds, solve_seconds, tune_seconds, forward_seconds, journal_seconds: seconds of
+            all blocks together, by activity; see `layers.ACTIVITIES`.
+        device: the device on which the model was pruned.
+        peak_memory_bytes: peak memory of the process.
+        dense_bytes: bytes of the dense model's weights.
         parts: bytes of both models by part; None in records from before they were counted.
-        tune_segments: that blocks were tuned on; 0 where they were not. Fewer than were asked for
-            where the text has no more.
-        discovered: what the blocks of the model are was found by a forward pass, as its type has
-            no row; see `thanos_deploy.model.discovery`.
+        tune_segments: number of segments that blocks were tuned on; 0 if they were not tuned. Fewer
+            than requested if the text has no more.
+        discovered: whether the structure of the blocks was found by a forward pass, because the
+            family table has no row for the model type; see `thanos_deploy.model.discovery`.
     """
 
     widths: WidthsSummary | None = field(default=None, metadata=LATER)
@@ -301,7 +306,7 @@ class PruneResult(LayersSummary):
 
     @property
     def linear_layers(self) -> LayersSummary:
-        """What became of the linear layers, alone."""
+        """The fields of the `LayersSummary` alone."""
         return LayersSummary(
             **{field.name: getattr(self, field.name) for field in fields(LayersSummary)}
         )
@@ -319,10 +324,12 @@ def codes_of(bundle: Bundle) -> Path | None:
 
 
 def patterns_of(bundle: Bundle) -> dict[str, Pattern]:
-    """What the linear layers of a bundle were pruned to; none where heads and channels were cut.
+    """The patterns that the linear layers of a bundle were pruned to, by full name.
+
+    Empty if heads and channels were cut out.
 
     Args:
-        bundle: with the stage prune finished.
+        bundle: a bundle whose stage prune is finished.
 
     Raises:
         InputError: layers.json is not readable.
@@ -335,11 +342,11 @@ def patterns_of(bundle: Bundle) -> dict[str, Pattern]:
 
 
 def patterns_in(blocks: Iterable[PrunedBlock], pattern: Pattern) -> dict[str, Pattern]:
-    """What linear layers were pruned to.
+    """The patterns that linear layers were pruned to, by full name, without dense layers.
 
     Args:
-        blocks: as they were written.
-        pattern: of the layers in a record from before each had its own.
+        blocks: the reports on the blocks.
+        pattern: pattern of the layers whose report is from before layers had their own.
     """
     own = {
         layer.name: str(pattern) if layer.pattern is None else layer.pattern

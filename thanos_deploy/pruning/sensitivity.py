@@ -1,12 +1,12 @@
 """Leave those layers dense whose pruning would change the model most for what it saves.
 
-One walk through the dense model prunes the layers of every block, a group at a time: those that
-read one input, which servers multiply as one. With only that group pruned, tokens pass the block,
-and a group loses the mean of |z - t|^2 / |t|^2 over the tokens, with t what leaves the dense block
-and z what leaves it now: the change relative to the size of what the next block reads, as tuning
-counts it too. Of all ways to leave groups dense that a budget allows, the one is taken whose groups
-would lose most together. A budget counts weights, of which a decode step reads every one, or
-seconds of a step; see `forecast.savings`.
+One walk through the dense model prunes the layers of every block, one group at a time. A group
+holds the layers that read one input, which servers multiply as one matrix. Tokens then pass through
+the block with only that group pruned. The loss of the group is the mean over the tokens of
+|z - t|^2 / |t|^2, where t is the output of the dense block and z its output now: the change
+relative to the size of what the next block reads, as in tuning. Of all sets of groups that a budget
+allows to stay dense, the set with the largest total loss stays dense. A budget counts weights, all
+of which a decode step reads, or seconds of a step; see `forecast.savings`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +36,10 @@ from thanos_deploy.pruning.layers import gather
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.turn import prune_turn
 
-# What sums of numbers may be off by, so that groups still fit that take all of the room.
+# Relative tolerance for rounding in sums, so that groups that fill the room exactly still fit.
 _ROUNDING = 1e-9
 
-# Of the calibration data, what passes a block once for each of its groups.
+# Fraction of the calibration data that passes through a block once for each of its groups.
 SHARE = 1 / 4
 
 
@@ -48,9 +48,9 @@ class Group:
     """Linear layers of a block that read one input.
 
     Attributes:
-        layers: their full names, those that are to be pruned.
-        weights: how many they have.
-        lost: what pruning them alone changes of what leaves the block, relative to its size.
+        layers: full names of those that are to be pruned.
+        weights: number of their weights.
+        lost: relative change of the block's output if only these layers are pruned.
     """
 
     layers: tuple[str, ...]
@@ -60,11 +60,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What pruning each group of a block would change.
+    """How much pruning each group of one block would change its output.
 
     Attributes:
-        groups: in the order of the forward pass; none where nothing is to be pruned.
-        seconds: time that it took to find out, by activity; see `layers.ACTIVITIES`.
+        groups: in the order of the forward pass; empty if nothing is to be pruned.
+        seconds: time that the survey of the block took, by activity; see `layers.ACTIVITIES`.
     """
 
     groups: tuple[Group, ...]
@@ -82,17 +82,17 @@ def survey(
     journal: Journal[Sensitivity] | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Sensitivity]:
-    """What pruning each group of layers by itself would change, in one walk of the dense model.
+    """Measure what pruning each group alone would change, in one walk through the dense model.
 
     Args:
         checkpoint: the model.
         segments: int64[count, length], calibration tokens.
-        patterns: what each layer is to be pruned to, by its full name.
-        recipe: how; of the way to walk nothing counts here.
+        patterns: the pattern of each layer, by its full name.
+        recipe: how to prune; its `walk` is not used here.
         device: where each block is while it is surveyed.
         hold: see `layers.prune`.
         journal: see `layers.prune`.
-        on_progress: told of every finished block.
+        on_progress: called after every finished block.
 
     Raises:
         HessianError: a weight is not finite.
@@ -119,10 +119,10 @@ def survey(
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose layers cannot be tried a group at a time.
+    """Refuse a model whose groups of layers are too many to be measured.
 
     Raises:
-        UsageError: it has experts, each with layers of its own.
+        UsageError: the model has experts, each with layers of its own.
     """
     if checkpoint.family.experts is not None:
         raise UsageError(
@@ -136,7 +136,7 @@ def check(checkpoint: Checkpoint) -> None:
 def _groups(
     visit: Visit, patterns: Mapping[str, Pattern], recipe: Recipe, products: torch.dtype
 ) -> tuple[Group, ...]:
-    """Those of a block, which is left as it was."""
+    """Measure the groups of a block; its weights are restored."""
     dense = {
         name: matrix(visit.block.get_submodule(name)).clone() for name in visit.structure.linears
     }
@@ -168,14 +168,14 @@ def _groups(
 
 
 def _changes(visit: Visit, instead: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """What some weights in place of a block's own change of what leaves it.
+    """Measure how much replacing some weights of a block changes its output.
 
     Args:
         visit: the block.
-        instead: by a name, the weights by the names of their layers.
+        instead: by the name of each trial, the weights to use, by the names of their layers.
 
     Returns:
-        by the same names, the mean over tokens of |change|^2 / |what leaves the block|^2.
+        by the name of each trial, the mean over tokens of |change of output|^2 / |output|^2.
     """
     walk = visit.walk
 
@@ -186,7 +186,7 @@ def _changes(visit: Visit, instead: Mapping[str, Mapping[str, Tensor]]) -> dict[
         for name, weights in instead.items():
             with _swapped(walk.block, weights):
                 change = batch.forward(walk.index, walk.block, rows).float() - left
-            # The Hessian of these numbers is the sum of their squares.
+            # The Hessian of a single input is the sum of its squares.
             relative = (change.square().sum(dim=-1) / size).sqrt().reshape(-1, 1)
             counted.of(name, relative).add(relative, None)
 
@@ -211,17 +211,17 @@ def _swapped(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 def choose(
     found: Sequence[Sensitivity], saves: Mapping[tuple[str, ...], float], room: float
 ) -> tuple[Choice, ...]:
-    """Which groups stay dense: those that would lose most together, of what there is room for.
+    """Choose the groups that stay dense: the set with the largest total loss that fits the room.
 
     A group whose pruning saves nothing stays dense and takes no room.
 
     Args:
-        found: of every block, from `survey`.
-        saves: by the layers of a group, what pruning them saves.
-        room: what may be given up of that, by the groups that stay dense, at most.
+        found: the measurements of every block, from `survey`.
+        saves: what pruning each group saves, by the names of its layers.
+        room: largest total saving that is given up by the groups that stay dense.
 
     Returns:
-        the groups in the order of the forward pass.
+        the decision about each group, in the order of the forward pass.
     """
     groups = [group for block in found for group in block.groups]
     dear = [group for group in groups if saves[group.layers] > 0.0]
@@ -243,5 +243,5 @@ def choose(
 
 
 def weights_of(found: Sequence[Sensitivity]) -> dict[tuple[str, ...], float]:
-    """How many weights each group has, for a budget of weights."""
+    """The number of weights of each group, for a budget of weights."""
     return {group.layers: float(group.weights) for block in found for group in block.groups}

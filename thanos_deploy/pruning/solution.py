@@ -25,9 +25,9 @@ class Solution:
     """A pruned layer, and how it was solved.
 
     Attributes:
-        result: the layer.
-        solver: the method, or "wanda mask" or "magnitude mask" where only a mask could be had.
-        failures: why what was tried before gave nothing, one sentence each.
+        result: the pruned layer.
+        solver: name of the method, or "wanda mask" or "magnitude mask" if only a mask was possible.
+        failures: why earlier attempts failed, one sentence each.
     """
 
     result: LayerResult
@@ -41,13 +41,17 @@ def aim(
     fraction: float,
     options: Options,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The weight whose output is nearer to the dense model's, or why there is none.
+    """Find a weight whose output is nearer to the dense model's.
 
     Args:
         problem: the layer.
-        cross: see `statistics.Statistics`; None where the dense model was not asked for.
+        cross: see `statistics.Statistics`; None if it was not collected.
         fraction: see `hessian.retarget`.
-        options: of the method; where it damps the Hessian, this does it alike.
+        options: options of the method; if they contain a damping of the Hessian, it is used here.
+
+    Returns:
+        the weight, or None if there is no `cross` or the attempt failed; and why it failed, empty
+        if it did not.
 
     Raises:
         HessianError: a weight is not finite.
@@ -72,7 +76,7 @@ def solve(
     aimed: Tensor | None = None,
     failures: tuple[str, ...] = (),
 ) -> Solution:
-    """Prune one layer by the first of these that its statistics allow.
+    """Prune one layer by the first of these ways that its statistics allow.
 
     1. The method, from the weight whose output is nearer to the dense model's, if there is one;
        Thanos and SparseGPT damp a Hessian that cannot be factored ten times harder, up to four
@@ -83,9 +87,9 @@ def solve(
 
     Args:
         problem: the layer.
-        pattern: what to prune to.
-        method: what prunes it.
-        options: of the method.
+        pattern: the pattern to prune to.
+        method: the pruning method.
+        options: options of the method.
         aimed, failures: see `aim`.
 
     Raises:
@@ -104,7 +108,11 @@ def solve(
 
 
 def mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]) -> Solution:
-    """The third rung of `solve`; its error is of what is finite of the Hessian."""
+    """Prune without an update, as in step 3 of `solve`.
+
+    The reported error uses the Hessian if it is finite, otherwise its diagonal alone, or ones if
+    the diagonal is not finite either.
+    """
     # In float64, in which no product of float32 numbers overflows.
     weight, hessian = problem.weight.double(), problem.hessian.double()
     squares = hessian.diagonal().clamp(min=0.0)
@@ -123,18 +131,18 @@ def mask_only(problem: LayerProblem, pattern: Pattern, failures: tuple[str, ...]
 def solve_by_preset(
     problem: LayerProblem, pattern: Pattern, *, method: str = "thanos", preset: str = "best"
 ) -> LayerResult:
-    """Prune one layer as a preset of a method would, on the device of its tensors.
+    """Prune one layer with a preset of a method, on the device of its tensors.
 
-    What a preset says of the walk through the model has no meaning for one layer. The result can be
-    used when the call returns: its error has been read by then, so the device has done everything.
+    The preset's settings for the walk through a model do not apply to one layer. When the call
+    returns, the device has finished, because the error of the result has been read from it.
 
     Args:
         problem: weight and Hessian, on one device.
-        pattern: what to prune to.
-        method, preset: see `methods`.
+        pattern: the pattern to prune to.
+        method, preset: names of the method and of its preset; see `methods`.
 
     Raises:
-        HessianError: the statistics are not finite or cannot be factored.
+        HessianError: the weight or the Hessian is not finite, or the Hessian cannot be factored.
         ModelError, UsageError: the layer does not fit the pattern.
     """
     chosen = methods.load(method)

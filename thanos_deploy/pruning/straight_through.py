@@ -1,10 +1,11 @@
-"""What steps change of a quantised layer: where each weight lies between codes, and the scales.
+"""Tune a quantised layer with straight-through gradients: its positions between codes, its scales.
 
-Beside each code there is a real number, a position, of which the code is the nearest integer. It
-begins at the weight before it was quantised, moved so far that its code is the one that was chosen;
-so weights that lie near the middle between two codes are the first to take another one. What is
-multiplied by is always on the grid: codes of the positions, and scales that every format can hold.
-Gradients pass rounding as if it were not there, so with g the gradient by the weight
+Each weight has a real number, its position, and the nearest integer to it is the weight's code. A
+position starts at the weight before quantisation, in units of the scale, moved just far enough to
+round to the chosen code. So weights near the middle between two codes are the first to change code.
+The weight that the layer multiplies by is always on the grid: codes of the positions, and scales
+that every format can hold. Gradients pass through rounding as if it were the identity, so with g
+the gradient with respect to the weight, the gradients are
 
     position:  g scale, where the position is not beyond the codes
     scale:     the sum over its group of g (code - zero)
@@ -27,35 +28,35 @@ from thanos_deploy.ranks.sums import whole_of
 from thanos_deploy.solver.codes import Quantised, by_column, holdable, in_groups
 from thanos_deploy.solver.grid import Grid
 
-# Of the first step, in codes, and as a fraction of a scale. Chosen on held-out C4 documents with
-# SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
+# Learning rates of the first step: of positions in codes, of scales as a fraction of the scale.
+# Chosen on held-out C4 documents with SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
 _POSITION_RATE, _SCALE_RATE = 2.5e-3, 2e-3
 
-# How far a position may begin from its code.
+# Largest distance between an initial position and its code.
 _REACH = 0.49
 
 
 class QuantisedWeight:
-    """A quantised layer as a `tune.Learner`; every rank has all of it."""
+    """A quantised layer as a `tune.Learner`; every rank holds all of it."""
 
     def __init__(self, linear: nn.Module, weight: Tensor, start: Quantised) -> None:
-        """Begin with the codes as they are.
+        """Begin with the given codes and scales.
 
         Args:
             linear: the layer.
-            weight: [outputs, inputs], what it was before; its zeros stay zero.
-            start: what it was quantised to.
+            weight: [outputs, inputs], the weight before quantisation; its zeros stay zero.
+            start: the quantised weight.
         """
         self._linear, self._start, self._kept = linear, start, weight != 0
         codes, cols = start.codes.to(start.scale.dtype), weight.shape[1]
-        # Where they are all 0, one of them is enough.
+        # A symmetric grid has only zeros here, so a single one is broadcast.
         self._zeros = (
             start.zero[:1, :1] if start.grid.symmetric else by_column(start.zero, start.grid, cols)
         )
         wanted = weight / by_column(start.scale, start.grid, cols) + self._zeros
-        # Adam's fused step takes entries in the order of memory, whatever the strides are.
+        # Adam's fused step reads entries in the order of memory, whatever the strides are.
         self._positions = wanted.clamp(codes - _REACH, codes + _REACH).contiguous()
-        self._factors = torch.ones_like(start.scale)  # of the scales
+        self._factors = torch.ones_like(start.scale)  # the scales are multiplied by these
         self.learned = (
             Learned(self._positions, _POSITION_RATE),
             Learned(self._factors, _SCALE_RATE),
@@ -63,7 +64,7 @@ class QuantisedWeight:
 
     @property
     def quantised(self) -> Quantised:
-        """What it is now."""
+        """The layer as it is quantised now."""
         start = self._start
         codes = self._codes().to(torch.int16).contiguous()
         return Quantised(start.grid, codes, self._scale(), start.zero)
@@ -79,10 +80,10 @@ class QuantisedWeight:
         return ((self._codes() - self._zeros) * scales).to(dtype)
 
     def pull(self, gradient: Tensor) -> None:
-        """Give positions and scales their gradients.
+        """Set the gradients of the positions and the scales.
 
         Args:
-            gradient: float32[outputs, inputs], by the weight.
+            gradient: float32[outputs, inputs], the gradient with respect to the weight.
         """
         start, grid = self._start, self._start.grid
         scales = by_column(self._scale(), grid, gradient.shape[1])
@@ -92,22 +93,22 @@ class QuantisedWeight:
         self._factors.grad = start.scale * by_scale(gradient, self._codes() - self._zeros, grid)
 
     def _scale(self) -> Tensor:
-        """[outputs, groups]."""
+        """The scales as they are now; [outputs, groups]."""
         return holdable(self._factors * self._start.scale, self._start.grid)
 
     def _codes(self) -> Tensor:
-        """[outputs, inputs], of the positions, and the zero point for what is zero."""
+        """The codes of the positions, and the zero point for zero weights; [outputs, inputs]."""
         grid = self._start.grid
         codes = self._positions.round().clamp_(grid.lowest, grid.highest)
         return torch.where(self._kept, codes, self._zeros)
 
 
 def by_scale(gradient: Tensor, steps: Tensor, grid: Grid) -> Tensor:
-    """[outputs, groups], the gradient by the scales.
+    """The gradient with respect to the scales; [outputs, groups].
 
     Args:
-        gradient: [outputs, inputs], by the weight.
-        steps: [outputs, inputs], of a scale that each weight is: its code less the zero point.
-        grid: of the codes.
+        gradient: [outputs, inputs], the gradient with respect to the weight.
+        steps: [outputs, inputs], each weight in units of its scale: its code less the zero point.
+        grid: the grid of the codes.
     """
     return in_groups(gradient * steps, grid).sum(dim=2)

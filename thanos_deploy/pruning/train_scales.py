@@ -1,15 +1,16 @@
 """Train the scales of a quantised model, with the dense model as the teacher.
 
-Codes and zero points stay, so this learns few numbers, and little text is enough: a scale for every
-group. Layers and blocks were quantised one at a time, each towards its own output; only here does
-the whole model learn what the next token should be. What it runs with is always on the grid: scales
-that every format can hold, to which gradients pass as if they were not rounded to them.
+Codes and zero points stay fixed. Training changes only one scale for every group, so little text is
+enough. Layers and blocks were quantised one at a time, each towards its own output; only here does
+the whole model learn what the next token should be. The model always runs on the grid, with scales
+that every format can hold. Gradients pass through the rounding of scales as if it were the
+identity.
 
-Every rank has all scales and takes the same steps; for the rest see `recover`.
+Every rank holds all scales and takes the same steps; for the rest see `recover`.
 
-Source of the idea: Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large
-Language Models", arXiv 2407.11062, whose second phase it is; here the teacher's distribution is
-learned rather than the text.
+Source of the idea: the second phase of Chen et al., "EfficientQAT: Efficient Quantization-Aware
+Training for Large Language Models", arXiv 2407.11062. Here the target is the teacher's distribution
+rather than the text.
 """
 
 import time
@@ -32,8 +33,8 @@ from thanos_deploy.pruning.training_journal import TrainingJournal
 from thanos_deploy.ranks.sharded import Part, Sharded
 from thanos_deploy.solver.codes import Quantised, by_column, holdable
 
-# Of the first step after warming up, as a fraction of a scale. Chosen on held-out C4 documents with
-# SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
+# Learning rate of the first step after the warm-up, as a fraction of a scale. Chosen on held-out C4
+# documents with SmolLM2-135M at int4 in groups of 32; see benchmarks/LOG.md.
 _RATE = 3e-3
 
 
@@ -54,20 +55,21 @@ def train_scales(
     """Train the scales of a quantised model towards the dense one, and write it and its codes.
 
     Args:
-        quantised: the model that learns.
+        quantised: the model to train.
         codes: its codes.
-        dense: the model that it was made from.
-        segments: int64[available, length], tokens to learn from.
+        dense: the dense model that it was made from.
+        segments: int64[available, length], tokens to train on.
         destination: an empty folder for the model; None for a rank that writes nothing.
-        new_codes: an empty folder for its codes; likewise.
-        count: of segments to learn from; where it is more than there are, they come again.
-        seed: of their order.
+        new_codes: an empty folder for the new files of codes; None for a rank that writes nothing.
+        count: number of segments to train on; if it exceeds `available`, segments are repeated.
+        seed: seed of the order of the segments.
         device: where both models are.
-        journal: by which it goes on after it was ended; None to begin, and keep nothing.
-        on_progress: told of every finished step.
+        journal: journal from which an interrupted training continues; None to start from the
+            beginning and keep nothing.
+        on_progress: called after every step.
 
     Raises:
-        InputError: the codes are not those of the model.
+        InputError: the codes do not match the weights of the model.
         ModelError: a model does not load, or a value does not fit its dtype.
         ResourceError: both models do not fit into the GPU's memory.
     """
@@ -100,17 +102,17 @@ def train_scales(
 
 
 class Scales:
-    """The scales of a model as a `recover.Student`."""
+    """The scales of a quantised model as a `recover.Student`."""
 
     rate = _RATE
     made: Sequence[Part] = ()
 
     def __init__(self, learner: Sharded, layers: Mapping[str, Quantised]) -> None:
-        """Begin with the scales as they are.
+        """Begin with the scales of the quantised layers.
 
         Args:
-            learner: the model.
-            layers: by name, what each was quantised to.
+            learner: the model to train.
+            layers: the quantised layers, by name.
         """
         self._learner, device = learner, learner.model.device
         self._start = {
@@ -127,7 +129,7 @@ class Scales:
 
     @property
     def layers(self) -> dict[str, Quantised]:
-        """What they are quantised to now."""
+        """The layers with their current scales, by name."""
         return {name: self._layer(name) for name in self._start}
 
     def receive(self) -> None:

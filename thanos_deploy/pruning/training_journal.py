@@ -1,17 +1,17 @@
-"""The journal of a training: how far it has come, on disk now and then.
+"""The journal of a training: its state is saved now and then, so that it can be continued.
 
 A folder with the newest state:
 
-    step-000120.safetensors  what learns, its moments, and what was made of it, after so many steps
-    state.json               which step that is, and size and SHA-256 of the file
+    step-000120.safetensors  trained tensors, moments and derived tensors after that many steps
+    state.json               the number of that step, and size and SHA-256 of the file
 
-A training that goes on from there gives the bytes of one that was left alone. The JSON is flushed
-and renamed into place last, and only then the state before is dropped. Tensors are whole, whatever
-the number of ranks, so another number can go on.
+A training that continues from a state gives the same bytes as one that was never interrupted. The
+JSON is flushed and renamed into place last; only then is the previous state deleted. Tensors are
+stored whole, whatever the number of ranks, so another number of ranks can continue.
 
-A state is large: three numbers in float32 for every weight that learns. So one is written every few
-minutes, and less often where writing takes long; where the disk has no room for it beside the model
-that is still to be written, none is, which is said.
+A state is large: three float32 numbers for every trained weight. So a state is written every few
+minutes, and less often if writing takes long. If the disk has no room for it beside the model that
+is still to be written, no state is written from then on, and a warning says so.
 """
 
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _STATE = "state.json"
 
-# Between two states, and how many times as long as writing one takes.
+# Least time between two states: in seconds, and as a multiple of the time that writing one takes.
 _EVERY_SECONDS = 300.0
 _EVERY_WRITES = 20
 
@@ -43,9 +43,9 @@ class Reached:
     """How far a training has come.
 
     Attributes:
-        step: that was the last one; 0 for none.
-        nats: the divergence of each step so far, per token.
-        seconds: that they took.
+        step: number of the last finished step; 0 for none.
+        nats: the divergence of each step so far, in nats per token.
+        seconds: time that these steps took.
     """
 
     step: int = 0
@@ -59,7 +59,7 @@ class _State:
 
     Attributes:
         reached: how far the training has come.
-        files: with the tensors, by name; one of them, or none at the beginning.
+        files: the file with the tensors, by its name; empty at the beginning.
     """
 
     reached: Reached = field(default_factory=Reached)
@@ -68,7 +68,7 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What the first rank, which has the clock and the disk, says for all."""
+    """A decision for all ranks by the first rank, which has the clock and the disk."""
 
     yes: bool
 
@@ -77,16 +77,16 @@ class TrainingJournal:
     """The journal of one training.
 
     Attributes:
-        reached: where it goes on.
+        reached: the progress from which the training continues.
     """
 
     def __init__(self, folder: Path, owner: Json, *, room: int) -> None:
-        """Begin a journal, or go on with the one that is there if it is intact.
+        """Continue the journal in a folder if it is intact, or begin a new one.
 
         Args:
-            folder: for this journal alone; all ranks see it.
+            folder: a folder for this journal alone, visible to all ranks.
             owner: everything that the training depends on.
-            room: bytes that the disk is to have left beside a state.
+            room: bytes that must stay free on the disk beside a state.
 
         Raises:
             InputError: the journal names a file outside its folder.
@@ -111,12 +111,12 @@ class TrainingJournal:
         return state
 
     def tensors(self) -> TensorFile:
-        """The file of the state that is there, for reading."""
+        """Open the file of the current state for reading."""
         assert self._file is not None
         return TensorFile.open(self._folder / self._file)
 
     def is_due(self) -> bool:
-        """It is time to write a state; the same for all ranks."""
+        """Return whether it is time to write a state; the answer is the same on all ranks."""
         past = time.monotonic() - self._since
         return self._ranks.share(
             _Answer(self._fits and past >= max(_EVERY_SECONDS, _EVERY_WRITES * self._wrote))
@@ -125,12 +125,13 @@ class TrainingJournal:
     def keep(
         self, reached: Reached, kinds: Mapping[str, Kind], whole: Callable[[str], Tensor]
     ) -> None:
-        """Write a state, and drop the one before.
+        """Write a state and delete the previous one; keep the previous one if the disk has no room.
 
         Args:
             reached: how far the training has come.
-            kinds: name -> dtype and shape of each tensor.
-            whole: gives a tensor by its name; called by all ranks, for one after the other.
+            kinds: dtype and shape of each tensor, by its name.
+            whole: returns a whole tensor by its name; all ranks call it for one tensor after
+                another.
         """
         began = time.monotonic()
         name = f"step-{reached.step:06d}.safetensors"
@@ -155,7 +156,7 @@ class TrainingJournal:
         self._wrote = self._since - began
 
     def _has_room(self, needed: int) -> bool:
-        """The disk has so many bytes left; otherwise that is said."""
+        """Return whether the disk has this many bytes free; log a warning if not."""
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             logger.warning(

@@ -1,6 +1,6 @@
-"""Prune the layers whose turn it is, each by the rank that it falls to.
+"""Prune the layers of one turn, each job on the rank that owns it.
 
-Afterwards every rank has every layer.
+Afterwards every rank has every pruned layer.
 """
 
 import math
@@ -31,13 +31,13 @@ from thanos_deploy.solver.hessian import prepare
 from thanos_deploy.solver.layer import Factor, LayerProblem, Loss, fraction_lost
 from thanos_deploy.solver.triangular import Helpers
 
-# So much freed memory is worth the time that it takes to get it anew.
+# Freed memory is returned to the system from this amount on; less is not worth requesting it anew.
 _FREED_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """What became of a job, but for the weights.
+    """Report on one job, without its weights.
 
     Attributes:
         energy, lost: see `Loss`.
@@ -60,17 +60,21 @@ def prune_turn(
     recipe: Recipe,
     products: torch.dtype,
 ) -> dict[str, PrunedLayer]:
-    """Prune layers in place; their reports by name, seen from the block.
+    """Prune layers in place and report on them.
 
-    What the following layers and blocks see is what is written, rounding included.
+    Later layers and blocks see the weights as they are written, rounding included.
 
     Args:
         visit: the block.
-        groups: names of layers that read one input each.
-        statistics: of these inputs, by the first name of each group; gone afterwards.
-        patterns: by full name.
+        groups: names of layers, relative to the block; the layers of a group read one input.
+        statistics: statistics of these inputs, by the first name of each group; emptied, so that
+            memory is freed.
+        patterns: the pattern of each layer, by its full name.
         recipe: how to prune.
         products: see `LayerProblem`.
+
+    Returns:
+        a report on each layer, by its name relative to the block.
     """
     method, device = methods.load(recipe.method), visit.device
 
@@ -84,7 +88,7 @@ def prune_turn(
     solved: dict[int, _Solved] = {}
     for number, group in enumerate(groups):
         seen = statistics.pop(group[0])
-        # What glibc takes from the system would be beside what it has kept of freed memory.
+        # Otherwise glibc would take a large tensor from the system and keep freed memory beside it.
         if 8 * seen.hessian.numel() > environment.HEAP_TENSOR_BYTES:
             environment.return_freed_memory()
         own = jobs.own_layers(number)
@@ -111,11 +115,11 @@ def _solve(
     recipe: Recipe,
     products: torch.dtype,
 ) -> dict[int, _Solved]:
-    """Do the jobs of layers that read one input, one layer after another."""
+    """Do this rank's jobs for layers that read one input, one layer after another."""
     method = methods.load(recipe.method)
     hessian, cross = statistics.hessian, statistics.cross
-    # Of a wide layer it is as large as its Hessian, so it is kept only if it is needed again, or if
-    # others have helped to make it.
+    # A factor is as large as its Hessian, so it is kept only if it is needed again, or if other
+    # ranks help to compute it.
     again = len(layers) > 1 or cross is not None or helpers is not None
     factors: dict[tuple[float, str], Factor] | None = {} if again else None
     few = statistics.too_few if not visit.structure.routed.isdisjoint(layers) else ""
@@ -123,7 +127,7 @@ def _solve(
         hessian = torch.eye(len(hessian), device=hessian.device)
     damping = recipe.options if isinstance(recipe.options, Damping) else None
     if helpers is not None and damping is not None and not few:
-        # Before any layer, of which others have other ones.
+        # Before any layer is solved, because the ranks have different layers.
         prepare(LayerProblem(hessian[:0], hessian, visit.prefix, factors), damping, helpers)
     solved = {}
     for linear, jobs in layers.items():
@@ -137,7 +141,7 @@ def _solve(
             products,
             divisions[linear],
         )
-        if few and damping is not None:  # a method that updates by the Hessian
+        if few and damping is not None:  # the method updates weights with the Hessian
             solution = mask_only(problem, patterns[name], (few,))
         else:
             aimed, failures = aim(problem, cross, recipe.walk.dense_target, recipe.options)
@@ -166,7 +170,7 @@ def _solve(
 
 
 def _rows_of(weight: Tensor, jobs: Sequence[Rows]) -> Tensor:
-    """The rows of some jobs, row by row in memory; without a copy if they lie so."""
+    """The rows of some jobs, contiguous in memory; copied only if needed."""
     first, last = jobs[0], jobs[-1]
     if all(one.stop == other.start for one, other in pairwise(jobs)):
         return weight[first.start : last.stop].contiguous()
@@ -174,7 +178,7 @@ def _rows_of(weight: Tensor, jobs: Sequence[Rows]) -> Tensor:
 
 
 def _spread(visit: Visit, rows: Rows, owner: int) -> None:
-    """Give all ranks the weights that one has solved."""
+    """Broadcast the weights of a job from its owner to all ranks."""
     ranks = current()
     if ranks.size == 1:
         return
@@ -185,10 +189,10 @@ def _spread(visit: Visit, rows: Rows, owner: int) -> None:
 
 
 def _report(visit: Visit, linear: str, pattern: Pattern, parts: Sequence[_Solved]) -> PrunedLayer:
-    """The report of a layer from those of its jobs."""
+    """Combine the reports on the jobs of a layer."""
     weight = matrix(visit.block.get_submodule(linear))
     verdict = judge(weight != 0, pattern)
-    # What is not finite counts for nothing.
+    # Jobs whose energy is not finite are left out.
     losses = [Loss(part.energy, part.lost) for part in parts if math.isfinite(part.energy)]
     return PrunedLayer(
         name=visit.prefix + linear,
@@ -199,7 +203,7 @@ def _report(visit: Visit, linear: str, pattern: Pattern, parts: Sequence[_Solved
         pattern_holds=verdict.holds,
         relative_error=fraction_lost(losses),
         damping=max(part.damping for part in parts),
-        # Where some rows could not be solved as the others were, it is theirs that is told.
+        # If some rows needed another solver, because attempts failed, theirs is reported.
         solver=max(parts, key=lambda part: len(part.failures)).solver,
         failures=tuple(dict.fromkeys(one for part in parts for one in part.failures)),
         seconds=sum(part.seconds for part in parts),

@@ -1,5 +1,5 @@
 """The mathematics of one linear layer: Hessians, masks, triangular factors, elimination.
 
-Pure functions of tensors for `methods`, `prune` and `shrink`. Nothing here knows a model, a file or
-the command line.
+Pure functions of tensors for `methods`, `pruning` and `shrink`. Nothing here knows a model, a file
+or the command line.
 """

@@ -1,8 +1,9 @@
-"""Weights as codes: the nearest ones, and the scales and zero points that suit them.
+"""Integer codes for weights: rounding to the nearest code, and fitting scales and zero points.
 
-Codes from -8 to 7 reach farther below zero than above. A scale of theirs may be negative, so that
-the side that reaches farther is the one that needs it: the step is then an eighth of the largest
-weight of a group rather than a seventh. Symmetric codes of 8 bits reach as far on both sides.
+Symmetric codes of 4 bits run from -8 to 7, so they reach farther below zero than above it. Their
+scales may be negative: a negative scale puts a group's positive weights on the longer side, so that
+the step is an eighth of the largest weight rather than a seventh. Symmetric codes of 8 bits run
+from -127 to 127.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,27 +14,28 @@ from torch import Tensor
 
 from thanos_deploy.solver.grid import Grid
 
-# Scales that are tried for a group, as fractions of the one that clips nothing.
+# Candidate scales for a group, as fractions of the scale that clips nothing.
 _SHRINKS = tuple(1.0 - 0.025 * step for step in range(17))
 
-# Of a scale, so that bfloat16 and float16 both have it: bits of its significand, and the range.
+# Bits of the significand and range of a scale, so that bfloat16 and float16 both hold it exactly.
 _BITS = 8
 _SMALLEST, _LARGEST = 2.0**-14, 2.0**15
-# Of four bits with a zero point: as float16 has to hold scale * zero too, for GGUF's Q4_1.
+# The same for 4 bits with a zero point: float16 must also hold scale * zero, for GGUF's Q4_1.
 _BITS_WITH_ZERO, _LARGEST_WITH_ZERO = 7, 2.0**11
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantised:
-    """A matrix of codes.
+    """A quantised matrix: integer codes with their scales and zero points.
 
     Attributes:
-        grid: what they are codes of.
+        grid: the grid that the codes belong to.
         codes: int16[rows, cols].
-        scale: [rows, groups], numbers that bfloat16 and float16 have, not 0, in the dtype of the
-            weight; negative ones only for symmetric codes of 4 bits. With codes of 4 bits and zero
-            points, float16 has scale * zero as well.
-        zero: the same shape and dtype, whole numbers; zeros if the grid is symmetric.
+        scale: [rows, groups], in the dtype of the weight. Non-zero numbers that bfloat16 and
+            float16 both hold exactly; negative only for symmetric codes of 4 bits. For codes of 4
+            bits with zero points, float16 holds scale * zero exactly as well.
+        zero: [rows, groups], in the dtype of `scale`; whole numbers, all 0 if the grid is
+            symmetric.
     """
 
     grid: Grid
@@ -43,16 +45,17 @@ class Quantised:
 
     @property
     def weight(self) -> Tensor:
-        """[rows, cols], the values, in the dtype of the scales."""
+        """The dequantised weight; [rows, cols], in the dtype of the scales."""
         cols = self.codes.shape[1]
         scale, zero = (by_column(each, self.grid, cols) for each in (self.scale, self.zero))
         return (self.codes.to(scale.dtype) - zero) * scale
 
     def grouped(self, group: int) -> "Quantised":
-        """The same codes and values for a format of smaller groups, each with the same scale.
+        """Repeat scales and zero points for a format with smaller groups; the values are the same.
 
         Args:
-            group: inputs that share a scale there; divides the groups, if rows have several.
+            group: number of inputs that share a scale in that format. If a row has several groups
+                now, it must divide their size.
         """
         cols = self.codes.shape[1]
         places = torch.arange(0, cols, group, device=self.codes.device) // self.grid.width(cols)
@@ -65,23 +68,23 @@ class Quantised:
 
 
 def by_column(each: Tensor, grid: Grid, cols: int) -> Tensor:
-    """[rows, cols], what each group has, for every column."""
+    """Expand one value per group to one value per column; [rows, cols]."""
     return each.repeat_interleave(grid.width(cols), dim=1)[:, :cols]
 
 
 def in_groups(each: Tensor, grid: Grid) -> Tensor:
-    """[rows, groups, group], what each column has; what is missing of the last group is zeros."""
+    """Reshape one value per column to [rows, groups, group]; zeros pad the last group."""
     rows, cols = each.shape
     missing = grid.groups(cols) * grid.width(cols) - cols
     return torch.nn.functional.pad(each, (0, missing)).reshape(rows, -1, grid.width(cols))
 
 
 def round_to(weight: Tensor, grid: Grid) -> Quantised:
-    """Every weight to the nearest multiple; the scales clip nothing.
+    """Round every weight to the nearest grid value, with scales that clip nothing.
 
     Args:
         weight: [rows, cols], finite.
-        grid: what to round to.
+        grid: the grid to round to.
     """
     scale, zero = (one.squeeze(2) for one in next(_ranges(in_groups(weight, grid), grid, 1.0)))
     scales, zeros = (by_column(each, grid, weight.shape[1]) for each in (scale, zero))
@@ -90,15 +93,15 @@ def round_to(weight: Tensor, grid: Grid) -> Quantised:
 
 
 def fit(weight: Tensor, prices: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The scale and the zero point of every group for which its nearest codes cost least.
+    """Find the scale and zero point of every group that minimise the cost of its nearest codes.
 
     Args:
         weight: [rows, cols], finite; an entry that is zero stays zero and costs nothing.
-        prices: [cols], of a squared error of 1.
-        grid: what to quantise to.
+        prices: [cols], the cost of a squared error of 1 in each column.
+        grid: the grid to quantise to.
 
     Returns:
-        [rows, groups] each.
+        the scales and the zero points, [rows, groups] each.
     """
     values = in_groups(weight, grid)
     price = in_groups(prices[None], grid).squeeze(0)
@@ -120,20 +123,20 @@ def nearest(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 
 def holdable(scale: Tensor, grid: Grid) -> Tensor:
-    """The nearest numbers that can be scales; see `Quantised`."""
+    """Round scales to the nearest numbers that every format can hold; see `Quantised`."""
     return _held(scale.abs(), grid, torch.round).copysign(scale)
 
 
 def _ranges(values: Tensor, grid: Grid, shrink: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zero points for a fraction of each group's range, the one of least step first.
+    """Yield candidate scales and zero points for a fraction of each group's range, finest first.
 
     Args:
         values: [rows, groups, group].
-        grid: what to quantise to.
+        grid: the grid to quantise to.
         shrink: the fraction; 1 clips nothing.
 
     Yields:
-        [rows, groups, 1] each.
+        scales and zero points, [rows, groups, 1] each.
     """
     low = values.amin(dim=2, keepdim=True).clamp(max=0.0) * shrink
     high = values.amax(dim=2, keepdim=True).clamp(min=0.0) * shrink
@@ -153,12 +156,12 @@ def _ranges(values: Tensor, grid: Grid, shrink: float) -> Iterator[tuple[Tensor,
 
 
 def _upwards(scale: Tensor, grid: Grid) -> Tensor:
-    """The next larger number that can be a scale; 1 for a group of zeros."""
+    """Round up to a number that can be a scale; 1 for a group of zeros."""
     return torch.where(scale > 0, _held(scale, grid, torch.ceil), 1.0)
 
 
 def _held(scale: Tensor, grid: Grid, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """Positive numbers that can be scales, of which `rounded` chooses one of two neighbours."""
+    """Round positive numbers to numbers that can be scales; `rounded` sets the direction."""
     bits, largest = _BITS, _LARGEST
     if grid.bits == 4 and not grid.symmetric:
         bits, largest = _BITS_WITH_ZERO, _LARGEST_WITH_ZERO

@@ -1,4 +1,4 @@
-"""How a Hessian is damped: a value that needs no PyTorch."""
+"""Options for damping a Hessian; importing this module needs no PyTorch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,17 +11,19 @@ DAMPING_MODES: tuple[DampingMode, ...] = get_args(DampingMode)
 
 @dataclass(frozen=True, slots=True)
 class Damping(Options):
-    """What is added to the diagonal of a Hessian; see `solver.hessian.factor`.
+    """Damping added to the diagonal of a Hessian; see `solver.hessian.factor`.
 
-    The default is that of the papers of SparseGPT and Thanos.
+    The defaults are those of the SparseGPT and Thanos papers.
 
     Attributes:
-        damping: a fraction of the diagonal's scale.
-        damping_mode: the scale: the "mean" of the diagonal, its "median" over the inputs that are
-            alive (which a few huge channels do not move), or "per-channel", each entry's own.
+        damping: fraction of the scale that `damping_mode` selects.
+        damping_mode: the scale: the "mean" of the diagonal, its "median" over the inputs with a
+            positive diagonal entry (which a few huge channels do not move), or "per-channel", each
+            entry's own value.
 
     Raises:
-        UsageError: it damps nothing, which leaves the Hessian singular where inputs repeat.
+        UsageError: `damping` is not above 0, which would leave the Hessian singular where inputs
+            repeat.
     """
 
     damping: float = option(

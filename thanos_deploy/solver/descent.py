@@ -1,12 +1,12 @@
-"""Better codes, scales and zero points for a quantised layer, one after another.
+"""Improve the codes, scales and zero points of a quantised layer by coordinate descent.
 
-With E = Q - W, what is lost is the sum over the rows of e H e^T, a quadratic in every code, every
-scale and every zero point while the others stand still. Each is put to the best value that the grid
-has, group by group, and each step that is taken loses less than before it. For a code at column j
-the best real value is q_j - (e H)_j / H_jj, and the nearest code is the best one; a group's scale
-is a step along its codes, and its zero point one along its scale.
+With E = Q - W, the loss is the sum over the rows of e H e^T. It is quadratic in each code, each
+scale and each zero point while the others are fixed. Group by group, each of them moves to the best
+value on the grid, and no move increases the loss. For a code in column j the best real value is
+q_j - (e H)_j / H_jj, and the code nearest to it is the best one. A group's scale moves the weights
+along their codes, and its zero point moves them along the scale.
 
-Cost of a pass over a [rows, cols] layer: twice rows cols^2.
+Cost of a pass over a [rows, cols] layer: 2 rows cols^2.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from thanos_deploy.solver.grid import Grid
 
 
 def descend(weight: Tensor, hessian: Tensor, start: Quantised, *, passes: int) -> Quantised:
-    """Improve what a layer was quantised to.
+    """Lower the loss of a quantised layer by coordinate descent.
 
     Args:
         weight: [rows, cols], finite; its zeros stay zero.
-        hessian: [cols, cols], with positive numbers on the diagonal.
-        start: codes of it.
-        passes: how often every code, scale and zero point has its turn.
+        hessian: [cols, cols], with a positive diagonal.
+        start: the quantised weight to improve.
+        passes: number of passes over all codes, scales and zero points.
 
     Returns:
-        codes that lose no more, but for the rounding errors of the sums.
+        a quantised weight whose loss is not larger, up to the rounding errors of the sums.
     """
     grid, group = start.grid, start.grid.width(weight.shape[1])
     kept = weight != 0
@@ -54,14 +54,14 @@ def descend(weight: Tensor, hessian: Tensor, start: Quantised, *, passes: int) -
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """The columns of a layer that share scales, and what is lost as long as only they change.
+    """One group of columns, and the loss as a function of this group alone.
 
     Attributes:
-        grid: what they are quantised to.
-        kept: bool[rows, inputs], those that are not to be zero.
-        hessian: [inputs, inputs].
+        grid: the grid of the codes.
+        kept: bool[rows, inputs], False where a weight has to stay zero.
+        hessian: [inputs, inputs], the block of the Hessian at these columns.
         codes: [rows, inputs], changed in place.
-        pull: [rows, inputs], (e H) at these columns, for the values as they are now.
+        pull: [rows, inputs], e H in these columns for the current weights: half the gradient.
     """
 
     grid: Grid
@@ -71,11 +71,11 @@ class _Group:
     pull: Tensor
 
     def values(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """What the codes stand for."""
+        """The dequantised weights of the group; [rows, inputs]."""
         return (self.codes - zero[:, None]) * scale[:, None]
 
     def move_codes(self, scale: Tensor, zero: Tensor) -> None:
-        """Put every code to its best, one column after another."""
+        """Move every code to its best value, one column after another."""
         for column, row in enumerate(self.hessian):
             code = self.codes[:, column]
             wanted = (code - zero) * scale - self.pull[:, column] / row[column]
@@ -85,7 +85,7 @@ class _Group:
             code += moved
 
     def move_scale(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The best scale of its sign, of those that every format can hold."""
+        """Return the best scale of the same sign that every format can hold."""
         along = self.codes - zero[:, None]
         slope, bend, through = self._quadratic(along)
         wanted = holdable(scale - slope / bend, self.grid)
@@ -93,7 +93,7 @@ class _Group:
         return scale + self._take(step, slope, bend, through)
 
     def move_zero(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The best zero point; weights that are zero stay so."""
+        """Return the best zero point; weights that are zero stay zero."""
         along = torch.where(self.kept, -scale[:, None], 0.0)
         slope, bend, through = self._quadratic(along)
         wanted = (zero - slope / bend).round_().clamp_(self.grid.lowest, self.grid.highest)
@@ -102,18 +102,18 @@ class _Group:
         return zero
 
     def _quadratic(self, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a step t along a direction, which adds 2 t slope + t^2 bend to what is lost.
+        """Expand the loss along a direction: a step t adds 2 t slope + t^2 bend to it.
 
         Returns:
-            slope and bend, [rows] each, where a direction that leads nowhere bends upwards; and
-            [rows, inputs], what the pull changes by at t = 1.
+            slope, [rows]; bend, [rows], infinite where the direction is zero, so that the best step
+            is 0; and the change of `pull` at t = 1, [rows, inputs].
         """
         through = along @ self.hessian
         bend = (along * through).sum(dim=1)
         return (along * self.pull).sum(dim=1), torch.where(bend > 0, bend, torch.inf), through
 
     def _take(self, step: Tensor, slope: Tensor, bend: Tensor, through: Tensor) -> Tensor:
-        """The steps that lose less; the others are 0."""
+        """Take the steps that lower the loss; return them, with 0 in place of the others."""
         taken = torch.where(step * (2 * slope + step * bend) < 0, step, 0.0)
         self.pull += taken[:, None] * through
         return taken

@@ -1,8 +1,8 @@
-"""The rows of one layer in runs, some of which are solved here and the others elsewhere.
+"""The rows of one layer, divided into runs that may be solved on different ranks.
 
-What becomes of a run does not depend on who has it. Products are made of one run at a time, because
-the last bit of a product depends on its size. What is counted over all rows is counted in integers,
-whose sum is the same in every order.
+The result for a run does not depend on the rank that solves it. Matrix products are computed one
+run at a time, because the last bit of a product depends on its size. Counts over all rows are
+integers, because their sum is the same in every order.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,23 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows to look at together where a copy of all would take memory for nothing.
+# Rows that are checked at a time, so that no temporary is as large as the whole weight.
 _ROWS = 64
 
-# The sum of a tensor of integers over all who have runs of a layer, for all of them.
+# All-reduce of a tensor of integers, as a sum over the ranks that hold runs of the layer.
 Add = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """How the rows of a layer are divided.
+    """How the rows of a layer are divided into runs, and which runs this rank holds.
 
     Attributes:
-        rows: of the whole layer.
-        count: of all runs.
-        own: number of each run that is here, rising -> its rows among those that are here.
-        add: asks all who have runs, in the order in which all of them ask; None if all runs are
-            here.
+        rows: number of rows of the whole layer.
+        count: number of runs of the whole layer.
+        own: maps the number of each run on this rank, ascending, to its rows among this rank's
+            rows.
+        add: sums integers over the ranks that hold runs. It is a collective, so these ranks must
+            call it in the same order. None if this rank holds all runs.
     """
 
     rows: int
@@ -37,37 +38,37 @@ class Division:
 
     @classmethod
     def whole(cls, rows: int) -> "Division":
-        """That of a layer in one run, which is here."""
+        """The division of a layer in a single run, all of it on this rank."""
         return cls(rows, 1, {0: slice(0, rows)})
 
     @property
     def runs(self) -> list[slice]:
-        """The runs that are here, as rows among those that are here."""
+        """This rank's runs, as slices of this rank's rows."""
         return list(self.own.values())
 
     def sum(self, counts: Tensor) -> Tensor:
-        """The sum of integers over all who have runs.
+        """Sum integers over all ranks that hold runs.
 
         Args:
-            counts: integers, of the same shape for all.
+            counts: integers, of the same shape on every rank.
         """
         return counts if self.add is None else self.add(counts)
 
     def not_finite(self, tensor: Tensor) -> int:
-        """How many entries of all rows are NaN or infinite, which all who have runs ask alike.
+        """Count the NaN and infinite entries over all ranks that hold runs; a collective.
 
         Args:
-            tensor: [rows that are here, cols].
+            tensor: [rows on this rank, cols].
         """
-        # Some at a time: what torch needs beside them to look takes as much memory as they do.
+        # In chunks, because the temporaries of this check are as large as the rows it covers.
         parts = [torch.count_nonzero(~part.isfinite()) for part in torch.split(tensor, _ROWS)]
         return int(self.sum(torch.stack(parts).sum()))
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Left @ right, one run of rows at a time.
+        """Compute `left @ right`, one run of rows at a time.
 
         Args:
-            left: [rows that are here, inner].
+            left: [rows on this rank, inner].
             right: [inner, cols].
         """
         if self.runs == [slice(0, len(left))]:
@@ -78,7 +79,7 @@ class Division:
         return result
 
     def pieces(self, most: int) -> Iterator[slice]:
-        """The runs that are here, in pieces of no more than so many rows."""
+        """Yield this rank's runs in pieces of at most `most` rows."""
         for run in self.runs:
             for start in range(run.start, run.stop, most):
                 yield slice(start, min(start + most, run.stop))

@@ -1,11 +1,12 @@
 """Remove a layer's inputs group by group, and refit the inputs that stay.
 
 Source: the multi-weight lemma of Ilin and Richtarik, arXiv 2504.05346, applied to whole columns.
-With A = H^-1 over the inputs that are left, losing the group g of columns and refitting all others
-by least squares costs tr(W_g A_gg^-1 W_g^T) of output energy. The refitted weight is
-W - W_g A_gg^-1 A_g, and the inverse for the next group is A - A_.g A_gg^-1 A_g. : so groups can
-leave one after another, each priced in view of those already gone, and the weight after the last
-one is the least-squares fit on the inputs that stay.
+Let A = H^-1 over the remaining inputs, A_g the rows and A_gg the block of A at the group g, and W_g
+the columns of W at g. Removing g and refitting all other columns by least squares costs
+tr(W_g A_gg^-1 W_g^T) of output energy. The refitted weight is W - W_g A_gg^-1 A_g, and the inverse
+for the next removal is A - A_g^T A_gg^-1 A_g. So groups can be removed one after another, each
+priced given the removals before it. The weight after the last removal is the least-squares fit on
+the inputs that stay.
 """
 
 import math
@@ -20,11 +21,11 @@ from thanos_deploy.solver.mask import cheapest
 
 
 class Elimination:
-    """A layer whose inputs leave one group after another.
+    """A layer whose inputs are removed one group after another.
 
     Attributes:
-        weight: float64[rows, cols], refitted; zero in the columns that are gone.
-        left: bool[cols], the inputs that are still there.
+        weight: float64[rows, cols], refitted; zero in the removed columns.
+        left: bool[cols], True for the inputs that remain.
     """
 
     def __init__(self, weight: Tensor, H: Factor) -> None:
@@ -32,36 +33,36 @@ class Elimination:
 
         Args:
             weight: [rows, cols].
-            H: the layer's Hessian, factored.
+            H: the factored Hessian of the layer.
         """
         self.weight = weight.double()
         self.left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         self._V = H.V.double()
         self._whole_inverse: Tensor | None = None
-        # Of these the host reads nothing before it is asked, so that no removal waits for another.
+        # These stay on the device until they are asked for, so no removal waits for the device.
         self._loss = self.weight.new_zeros(())
         self._solved = torch.ones((), dtype=torch.bool, device=weight.device)
 
     @property
     def _inverse(self) -> Tensor:
-        """A, float64[cols, cols]; as costly as anything here, so made when it is asked for."""
+        """A, float64[cols, cols]; computed on first use, because it is as costly as any step."""
         if self._whole_inverse is None:
             self._whole_inverse = self._V.T @ self._V
         return self._whole_inverse
 
     def branch(self) -> "Elimination":
-        """A copy, from which other inputs may leave; A is made once for both."""
+        """Return a copy from which other inputs can be removed; A is computed once for both."""
         _ = self._inverse
         return deepcopy(self)
 
     def _rows(self, columns: Tensor) -> Tensor:
-        """Those of A; of few of them alone, if all inputs are still there."""
+        """Rows of A; computed directly from V while A itself has not been computed."""
         if self._whole_inverse is None:
             return self._V[:, columns].T @ self._V
         return self._whole_inverse[columns]
 
     def _diagonal(self) -> Tensor:
-        """That of A."""
+        """The diagonal of A."""
         if self._whole_inverse is None:
             return self._V.square().sum(dim=0)
         return self._whole_inverse.diagonal()
@@ -72,10 +73,10 @@ class Elimination:
         return float(self._loss)
 
     def require_solved(self) -> None:
-        """Refuse what was made of inputs that depend on each other too much.
+        """Refuse a result that involved inputs which depend on each other too strongly.
 
         Raises:
-            HessianError: some of those that were removed do.
+            HessianError: the block of A at a priced or removed group could not be factored.
         """
         if not bool(self._solved):
             raise HessianError(
@@ -85,15 +86,15 @@ class Elimination:
             )
 
     def costs(self) -> Tensor:
-        """What losing each single input would cost now; float64[cols], infinite for one gone."""
+        """Cost of removing each single input now; float64[cols], infinite for removed inputs."""
         energy = self.weight.square().sum(dim=0)
         return torch.where(self.left, energy / self._diagonal(), math.inf)
 
     def cost(self, columns: Tensor) -> float:
-        """What losing these inputs together would cost now.
+        """Cost of removing these inputs together now.
 
         Args:
-            columns: int64[count].
+            columns: int64[count], the inputs.
         """
         return float(self._cost(columns))
 
@@ -109,11 +110,11 @@ class Elimination:
         return torch.cholesky_solve(right, lower)
 
     def remove(self, columns: Tensor, *, last: bool = False) -> None:
-        """Take inputs away and refit the others.
+        """Remove inputs and refit the others.
 
         Args:
-            columns: int64[count].
-            last: no other input will be priced or taken away, so A is not kept up.
+            columns: int64[count], the inputs to remove.
+            last: no other input will be priced or removed, so A need not be updated.
         """
         W = self.weight[:, columns]
         A = self._rows(columns) if last else self._inverse[columns]
@@ -121,24 +122,25 @@ class Elimination:
         self._loss = self._loss + self._cost_by(A[:, columns], W)
         self.weight = self.weight - W @ shared
         self.left.index_fill_(0, columns, False)
-        # What is zero but for rounding; an identity keeps the rest of the algebra as it is.
+        # Removed columns are zero up to rounding; set them to exactly zero.
         gone = ~self.left
         self.weight.masked_fill_(gone, 0.0)
         if last:
             return
         self._whole_inverse = self._inverse - A.T @ shared
+        # An identity block in place of the removed inputs keeps A positive definite.
         self._inverse.masked_fill_(gone[:, None], 0.0).masked_fill_(gone, 0.0)
         self._inverse.diagonal().masked_fill_(gone, 1.0)
 
     def channel_losses(self) -> Tensor:
-        """What losing 0, 1, 2, ... single inputs would cost, the cheapest first.
+        """Losses from removing the 0, 1, 2, ... cheapest inputs.
 
         The order is that of `drop_channels`. With the inputs in this order and A = L L^T, the loss
-        of the first k is the sum of squares of the first k rows of L^-1 W^T: one factorisation
-        prices all of them.
+        from removing the first k is the sum of squares of the first k rows of L^-1 W^T, so one
+        factorisation prices every count.
 
         Returns:
-            float64[cols + 1], rising.
+            float64[cols + 1], ascending.
         """
         order = self.costs().sort(stable=True).indices
         lower = torch.linalg.cholesky(self._inverse[order][:, order])
@@ -146,7 +148,9 @@ class Elimination:
         return nn.functional.pad(rows.square().sum(dim=1).cumsum(dim=0), (1, 0))
 
     def drop_channels(self, count: int) -> None:
-        """Remove single inputs, the cheapest at this moment, until so many are left, and end.
+        """Remove the cheapest inputs in one step so that `count` are left.
+
+        This has to be the last removal, because A is not updated.
 
         Raises:
             HessianError: see `require_solved`.
@@ -155,32 +159,33 @@ class Elimination:
         self.require_solved()
 
     def drop_heads(self, there: tuple[int, int], *, keep: tuple[int, int]) -> Tensor:
-        """Remove attention heads, the cheapest first, priced anew each time.
+        """Remove attention heads, the cheapest first, with new prices after each removal.
 
-        Either whole groups of query heads that share a key-value head, or the same number of query
-        heads from each group, one of each in turn: both leave groups of equal size, as attention
-        kernels want them. Heads that are gone already count, and those that go for a smaller number
-        include those that go for a larger one.
+        If key-value heads are to be removed, each removal takes a key-value head with all of its
+        query heads. Otherwise it takes one query head, and every group of query heads that share a
+        key-value head loses one in turn. Both leave groups of equal size, as attention kernels
+        require. Heads removed by earlier calls count, and the heads removed to keep fewer include
+        those removed to keep more.
 
         Args:
-            there: query heads and key-value heads that there were; each query head is a run of
-                inputs.
-            keep: the same, that stay.
+            there: numbers of query heads and key-value heads before any removal; each query head
+                is a run of inputs.
+            keep: numbers of query heads and key-value heads to keep.
 
         Returns:
-            int64[kept query heads], those that stay, rising.
+            int64[kept query heads], the numbers of the query heads that stay, ascending.
 
         Raises:
             HessianError: see `require_solved`.
         """
         (heads, kv_heads), (keep_heads, keep_kv_heads) = there, keep
         group, size = heads // kv_heads, len(self.left) // heads
-        if keep_kv_heads < kv_heads:  # one pool, from which any group of heads may go
+        if keep_kv_heads < kv_heads:  # one pool, from which any group of heads may be removed
             length, pool, target = group * size, kv_heads, keep_kv_heads
-        else:  # every group is a pool, from which the same number of heads goes
+        else:  # every group is a pool, and each loses the same number of heads
             length, pool, target = size, group, keep_heads // keep_kv_heads
         runs = torch.arange(len(self.left), device=self.left.device).reshape(-1, length)
-        # All pools have the same number of runs, so the host knows how often one goes from each.
+        # All pools have the same number of runs left, so the host reads the number of rounds once.
         most = int(self.left[runs[:, 0]].reshape(-1, pool).sum(dim=1).max())
         for _ in range(most - target):
             ended = self.left[runs[:, 0]].reshape(-1, pool).sum(dim=1, keepdim=True) - 1

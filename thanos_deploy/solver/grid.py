@@ -1,4 +1,4 @@
-"""What quantised weights are multiples of: a value that needs no PyTorch."""
+"""Quantisation grids: bits, group size and symmetry. Importing this module needs no PyTorch."""
 
 import re
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from thanos_deploy.errors import UsageError
 _SPELLING = re.compile(r"int(?P<bits>[48])(:(?P<group>[0-9]+|row))?(?P<asymmetric>:asym)?")
 _ROW = "row"
 
-# What ONNX Runtime's MatMulNBits takes.
+# Group sizes that ONNX Runtime's MatMulNBits supports.
 GROUPS = (16, 32, 64, 128, 256)
 _GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Integers of a few bits, and a scale for each group of neighbouring inputs of an output.
+    """Integer codes of a few bits, with one scale per group of neighbouring inputs of an output.
 
-    A weight is scale * (code - zero), where the zero point is a code, so that 0 is always on the
-    grid. Scales are numbers that bfloat16 and float16 both have, so that every format and every
-    dtype of a model can hold them.
+    A weight is scale * (code - zero). The zero point is itself a code, so 0 is always on the grid.
+    Scales are numbers that bfloat16 and float16 both hold exactly, so that every format and every
+    dtype of a model can store them.
 
     Attributes:
         bits: 4 or 8.
-        group: inputs that share a scale, of which the last ones of a row may be fewer; None if all
-            inputs of an output do, as engines want it that multiply int8 by int8.
-        symmetric: the zero point is 0, and codes are from -2^(bits-1) on (-127 for 8 bits);
-            otherwise each group has its own, and codes are from 0 on.
+        group: number of inputs that share a scale; the last group of a row may be smaller. None if
+            all inputs of an output share one, as engines that multiply int8 by int8 require.
+        symmetric: the zero point is 0, and codes start at -2^(bits-1) (-127 for 8 bits). Otherwise
+            each group has a zero point of its own, and codes start at 0.
     """
 
     bits: int
@@ -46,23 +46,23 @@ class Grid:
         return (1 << (self.bits - int(self.symmetric))) - 1
 
     def width(self, cols: int) -> int:
-        """How many of a row of so many inputs share a scale."""
+        """Number of inputs that share a scale in a row of `cols` inputs."""
         return cols if self.group is None else self.group
 
     def groups(self, cols: int) -> int:
-        """How many groups a row of so many inputs has."""
+        """Number of groups in a row of `cols` inputs."""
         return -(-cols // self.width(cols))
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """The spelling that `parse` reads."""
         return f"int{self.bits}:{self.group or _ROW}{'' if self.symmetric else ':asym'}"
 
 
 def parse(spelling: str) -> Grid:
-    """A grid as it is written on the command line: int4, int8:row, int4:128, int4:32:asym.
+    """Parse a grid as written on the command line: int4, int8:row, int4:128, int4:32:asym.
 
     Raises:
-        UsageError: it is none, or ONNX Runtime has no groups of that size.
+        UsageError: the spelling is not that of a grid, or ONNX Runtime has no groups of that size.
     """
     found = _SPELLING.fullmatch(spelling)
     written = (found and found["group"]) or str(_GROUP)

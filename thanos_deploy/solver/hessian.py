@@ -1,9 +1,9 @@
 """The damped Hessian of a layer, factored once.
 
-H = U U^T with U upper triangular, V = U^-1. Then for every column i the trailing Hessian
-H[i:, i:] is U[i:, i:] U[i:, i:]^T and its inverse V[i:, i:]^T V[i:, i:]: whatever a method needs of
-a trailing inverse is a sub-block of V, and nothing is inverted twice. Of U only blocks on the
-diagonal are wanted, which are the inverses of V's, so only V is kept.
+H = U U^T with U upper triangular, and V = U^-1. For every column i, the trailing Hessian
+H[i:, i:] is U[i:, i:] U[i:, i:]^T and its inverse is V[i:, i:]^T V[i:, i:]. So every trailing
+inverse comes from a sub-block of V, and nothing is inverted twice. Methods need only diagonal
+blocks of U, which are the inverses of the same blocks of V, so only V is kept.
 """
 
 import math
@@ -18,39 +18,40 @@ from thanos_deploy.solver.division import Division
 from thanos_deploy.solver.layer import Factor, LayerProblem
 from thanos_deploy.solver.triangular import Helpers, cholesky_, invert_, narrow_, turn_
 
-# A Hessian that is not numerically positive definite is damped ten times harder, so often at most.
+# If a Hessian is not numerically positive definite, damping grows tenfold, this often at most.
 _RETRIES = 4
 
 
 def factor(
     problem: LayerProblem, damping: Damping = DEFAULT, helpers: Helpers | None = None
 ) -> Factor:
-    """Damp and factor a layer's Hessian, in float64; once for all layers that share `factors`.
+    """Damp and factor a layer's Hessian in float64, once for all layers that share `factors`.
 
-    Inputs that calibration never saw have a zero row and column in H; damping gives them a
-    diagonal of their own, so they stay uncoupled from the rest.
+    Inputs that calibration never saw have a zero row and column in H. Damping gives them a positive
+    diagonal entry, so they stay uncoupled from the other inputs.
 
     Args:
         problem: the layer.
-        damping: what is added to the diagonal.
-        helpers: who calls this for the same Hessian now; None for nobody.
+        damping: the damping added to the diagonal.
+        helpers: the ranks that factor the same Hessian now; None to factor it alone.
 
     Raises:
-        HessianError: weight or Hessian are not finite, or no damping makes H positive definite.
+        HessianError: the weight or the Hessian is not finite, or no damping makes H positive
+            definite.
     """
     require_finite_weight(problem)
     return _factor_once(problem, damping, helpers)
 
 
 def prepare(problem: LayerProblem, damping: Damping, helpers: Helpers) -> None:
-    """Factor a Hessian together with all others who need it, and keep it in the `factors`.
+    """Factor a Hessian together with the other ranks that need it, and cache it in `factors`.
 
-    If it cannot be factored, nothing is kept, and `factor` says why.
+    If it cannot be factored, nothing is cached, and a later call of `factor` raises the error.
 
     Args:
-        problem: a layer that reads the input; of its weight only the dtype matters.
+        problem: a layer that reads the input; only the dtype of its weight matters.
         damping: see `factor`.
-        helpers: who calls this for the same Hessian now.
+        helpers: the ranks that call this for the same Hessian.
     """
     with suppress(HessianError):
         _factor_once(problem, damping, helpers)
@@ -78,7 +79,7 @@ def _factor(problem: LayerProblem, damping: float, mode: str, helpers: Helpers |
     else:
         mean = diagonal.where(alive, 0.0).sum() / alive.sum()
         scale = torch.where(alive, diagonal, mean)
-    # Where no input is alive there is nothing to scale the damping by.
+    # If no input is alive, there is nothing to scale the damping by.
     scale = torch.where(alive.any(), scale, 1.0)
     for attempt in range(_RETRIES + 1):
         used = damping * 10**attempt
@@ -101,17 +102,17 @@ def require_finite(problem: LayerProblem) -> None:
     """Refuse a layer whose weight or Hessian has NaN or infinite entries.
 
     Raises:
-        HessianError: it has; the message says where and how many.
+        HessianError: there are such entries; the message says where and how many.
     """
     require_finite_weight(problem)
     _require_finite(problem, "Hessian", problem.hessian, Division.whole(len(problem.hessian)))
 
 
 def require_finite_weight(problem: LayerProblem) -> None:
-    """Refuse a layer whose weight has NaN or infinite entries, whoever has these rows.
+    """Refuse a layer whose weight has NaN or infinite entries, on any rank that holds rows of it.
 
     Raises:
-        HessianError: it has; the message says where and how many.
+        HessianError: there are such entries; the message says where and how many.
     """
     _require_finite(problem, "weight", problem.weight, problem.division)
 
@@ -128,12 +129,13 @@ def _require_finite(problem: LayerProblem, what: str, tensor: Tensor, division: 
 def retarget(
     problem: LayerProblem, cross: Tensor, fraction: float, damping: Damping = DEFAULT
 ) -> Tensor:
-    """The weight whose output, on the pruned model's inputs, is nearest to the dense model's.
+    """Fit a weight on the pruned model's inputs to an output nearer to the dense model's.
 
-    A layer of a pruned model does not see what the dense model's layer sees. With x its input and y
-    the dense model's, the wanted output is W ((1 - f) x + f y), and the least-squares weight for it
-    is W + f W (G - H) (H + D)^-1 with G = sum y x^T. Pruning that weight under H is the same as
-    pruning W towards the wanted output, because what no weight can reach is constant.
+    Let x be the layer's input in the pruned model and y its input in the dense model. The target
+    output is W ((1 - f) x + f y), and the least-squares weight for it is
+    W + f W (G - H) (H + D)^-1 with G = sum y x^T. Pruning that weight under H is the same as
+    pruning W towards the target output, because the part of the target that no weight can reach
+    adds only a constant.
 
     Args:
         problem: the layer, with H = sum x x^T.
@@ -142,7 +144,7 @@ def retarget(
         damping: D, which holds the weight near W; see `factor`.
 
     Returns:
-        [rows, cols].
+        the fitted weight, [rows, cols].
 
     Raises:
         HessianError: see `factor`.

@@ -14,9 +14,9 @@ class Factor:
     """The factored Hessian, in the dtype of the layer's weight.
 
     Attributes:
-        diagonal: [cols], that of H with its damping.
-        V: [cols, cols], upper triangular, V^T V = the inverse of H with its damping.
-        damping: the fraction of damping that it took.
+        diagonal: [cols], the diagonal of the damped H.
+        V: [cols, cols], upper triangular; V^T V is the inverse of the damped H.
+        damping: the fraction of damping that was used, after any retries.
     """
 
     diagonal: Tensor
@@ -25,12 +25,12 @@ class Factor:
     _diagonals: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def upper(self, columns: slice) -> Tensor:
-        """U = V^-1, for which U U^T is H with its damping: some of its rows, in these columns.
+        """Return a diagonal block of U = V^-1, for which U U^T is the damped H.
 
-        They are the inverse of what V has there, so the rest of the matrix is never needed.
+        It is the inverse of the same block of V, so the rest of U is never needed.
 
         Args:
-            columns: which rows and columns, one run of them.
+            columns: the contiguous range of rows and columns of the block.
         """
         own = self.V[columns, columns].double()
         identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
@@ -38,10 +38,10 @@ class Factor:
         return inverse.to(self.V.dtype)
 
     def trailing_inverse_diagonals(self, step: int) -> Tensor:
-        """Diagonals of the inverses of H[k step:, k step:] for every k.
+        """Diagonals of the inverses of H[k * step:, k * step:] for every k, computed once.
 
         Returns:
-            [ceil(cols / step), cols]; of row k, the entries from column k step on count.
+            [ceil(cols / step), cols]; in row k, only entries from column k * step on are valid.
         """
         if step not in self._diagonals:
             sums = [rows.square().sum(dim=0) for rows in self.V.split(step)]
@@ -51,7 +51,7 @@ class Factor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerProblem:
-    """A linear layer and what calibration saw of its input.
+    """A linear layer and the calibration statistics of its input.
 
     Attributes:
         weight: float32[rows, cols]; rows are outputs, columns are inputs.
@@ -60,13 +60,14 @@ class LayerProblem:
             this one statistic serves every method. The paper's H is twice this one, which changes
             no result.
         name: the layer's name, for messages.
-        factors: where factorisations of this Hessian are kept, by damping and mode, for the layers
-            that read the same input; None if nobody else will ask for them.
-        products: what a solver's steps may round the factors of their products to where that is
-            faster: bfloat16 where the statistics are of bfloat16 numbers, float32 for not at all.
-        divided: how the rows of the layer are divided, where `weight` has only some of them, or has
-            them in runs; None for a layer as a whole. Only a method whose `divisible` says so gets
-            such a problem.
+        factors: cache of factorisations of this Hessian, by damping and mode, shared by the layers
+            that read the same input; None to keep none.
+        products: dtype to which a solver's steps may round the operands of matrix products where
+            that is faster: bfloat16 if the statistics are of bfloat16 numbers, float32 for no
+            rounding.
+        divided: how the rows of the layer are divided, if `weight` holds only some of them or holds
+            them in several runs; None for a whole layer. Only a method whose `divisible` returns
+            True gets several runs.
     """
 
     weight: Tensor
@@ -84,11 +85,11 @@ class LayerProblem:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What the outputs of some rows lose.
+    """Output energy of some rows of a layer, and how much of it is lost.
 
     Attributes:
-        energy: ||W X||^2 of these rows.
-        lost: ||(W' - W) X||^2 of them.
+        energy: ||W X||^2 over these rows.
+        lost: ||(W' - W) X||^2 over these rows, with W' the new weight.
     """
 
     energy: float
@@ -96,7 +97,7 @@ class Loss:
 
 
 def fraction_lost(losses: Sequence[Loss]) -> float:
-    """The fraction of the output's energy that is lost; 0 of an output that is zero everywhere."""
+    """The fraction of the output energy that is lost; 0 if the output is zero everywhere."""
     energy = sum(one.energy for one in losses)
     return sum(one.lost for one in losses) / energy if energy > 0.0 else 0.0
 
@@ -108,9 +109,9 @@ class LayerResult:
     Attributes:
         weight: float32[rows, cols]; exactly +0.0 wherever `mask` is True.
         mask: bool[rows, cols]; True = removed.
-        losses: of each run of rows, see `LayerProblem.divided`.
-        damping: fraction that was added to the Hessian's diagonal to factor it; 0 where the
-            method factors nothing.
+        losses: one for each run of rows on this rank; see `LayerProblem.divided`.
+        damping: the fraction of damping used to factor the Hessian; 0 if the method factors
+            nothing.
     """
 
     weight: Tensor
@@ -128,12 +129,12 @@ class LayerResult:
         damping: float = 0.0,
         energy: Tensor | None = None,
     ) -> "LayerResult":
-        """With what the layer loses.
+        """Build the result of a layer and compute its losses.
 
         Args:
             problem: the layer.
             weight, mask, damping: see the class.
-            energy: `output_energy` of the layer, where it is known.
+            energy: `output_energy` of the layer, if it is already known.
         """
         if energy is None:
             energy = output_energy(problem.weight, problem.hessian, problem.division)
@@ -145,12 +146,12 @@ class LayerResult:
 
     @property
     def relative_error(self) -> float:
-        """The fraction of the output's energy that is lost, see `relative_error`."""
+        """The fraction of the output energy that is lost; see `fraction_lost`."""
         return fraction_lost(self.losses)
 
 
 def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:
-    """The layer with the masked weights set to zero and nothing else changed.
+    """Set the masked weights of a layer to zero and change nothing else.
 
     Args:
         problem: the layer.
@@ -160,7 +161,7 @@ def without_update(problem: LayerProblem, mask: Tensor) -> LayerResult:
 
 
 def output_energy(weight: Tensor, hessian: Tensor, division: Division | None = None) -> Tensor:
-    """||W_i X||^2 of every row; [rows]."""
+    """Output energy ||W_i X||^2 of every row; [rows]."""
     product = weight @ hessian if division is None else division.product(weight, hessian)
     return product.mul_(weight).sum(dim=1)
 
@@ -168,7 +169,7 @@ def output_energy(weight: Tensor, hessian: Tensor, division: Division | None = N
 def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
     """||(after - before) X||_F^2 / ||before X||_F^2, from the undamped X X^T.
 
-    A layer whose output is zero on all calibration tokens cannot lose anything: its error is 0.
+    The error is 0 for a layer whose output is zero on all calibration tokens.
 
     Args:
         before: float32[rows, cols].

@@ -10,8 +10,8 @@ from thanos_deploy.pattern import Pattern, SemiStructured, Structured, Unstructu
 from thanos_deploy.solver.division import Division
 from thanos_deploy.solver.threshold import threshold
 
-# A processor compares all scores of so small a group with each other in less time than it sorts
-# them; a GPU has the sort in fewer launches.
+# Up to this group size, a CPU compares all pairs of scores faster than it sorts them. A GPU sorts,
+# because that takes fewer kernel launches.
 _COUNTED = 8
 
 
@@ -23,14 +23,17 @@ def removed_count(fraction: float, entries: int) -> int:
 def smallest(
     scores: Tensor, pattern: Pattern, *, per_row: bool, division: Division | None = None
 ) -> Tensor:
-    """Mark the smallest scores as a pattern has it; of a structured one, the smallest column means.
+    """Mark the smallest scores that a pattern removes; a structured one removes whole columns.
+
+    Columns are compared by their mean scores.
 
     Args:
         scores: [rows, cols], finite.
-        pattern: what to remove.
-        per_row: an unstructured fraction goes from every row alike, not from the whole matrix.
-        division: how the rows of the matrix are divided, where some are elsewhere; not for a
-            structured pattern.
+        pattern: the pattern.
+        per_row: remove an unstructured pattern's fraction from every row, not from the whole
+            matrix.
+        division: how the rows of the matrix are divided, if other ranks hold some of them; not for
+            a structured pattern.
 
     Returns:
         bool[rows, cols], True = removed.
@@ -52,7 +55,7 @@ def smallest(
 def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
     """In each row and each `group` consecutive columns, mark all but the `kept` largest scores.
 
-    Equal scores go in column order, the lower column first.
+    Among equal scores, those in lower columns are removed first.
 
     Args:
         scores: [rows, cols], cols a multiple of `group`.
@@ -67,7 +70,7 @@ def smallest_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
 
 
 def _before_it(grouped: Tensor) -> Tensor:
-    """How many scores of a group go before each: smaller ones, and equal ones of lower columns."""
+    """Rank of each score in its group: the number of smaller scores and of equal ones before it."""
     columns = grouped.unbind(dim=-1)
     before = [torch.zeros_like(one, dtype=torch.uint8) for one in columns]
     for left, right in combinations(range(len(columns)), 2):
@@ -78,7 +81,7 @@ def _before_it(grouped: Tensor) -> Tensor:
 
 
 def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
-    """Mark the `count` smallest scores along the last axis; equal scores go in column order.
+    """Mark the `count` smallest scores along the last axis; of equal scores, lower columns first.
 
     Args:
         scores: [..., cols].
@@ -94,33 +97,33 @@ def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
 def smallest_in_matrix(scores: Tensor, count: int, division: Division | None = None) -> Tensor:
     """Mark the `count` smallest scores of the whole matrix.
 
-    Equal scores go in column order, then in row order.
+    Equal scores are marked in column order, then in row order.
 
     Args:
         scores: [rows, cols], finite.
-        count: of the whole matrix.
+        count: number of scores to mark in the whole matrix.
         division: see `threshold`.
 
     Returns:
-        bool[rows, cols] with exactly `count` True.
+        bool[rows, cols] with exactly `count` True, over all ranks that hold rows.
     """
     return threshold(scores, count, division).mark(scores)
 
 
 def cheapest(scores: Tensor, count: int) -> Tensor:
-    """Where the `count` smallest scores are; of equal ones, the first go.
+    """Return the indices of the `count` smallest scores; of equal scores, the first are taken.
 
     Args:
         scores: [cols].
 
     Returns:
-        int64[count], rising.
+        int64[count], ascending.
     """
     return torch.sort(scores, stable=True).indices[:count].sort().values
 
 
 def smallest_columns(scores: Tensor, count: int) -> Tensor:
-    """Mark the `count` columns with the smallest scores; equal scores go in column order.
+    """Mark the `count` columns with the smallest scores; of equal scores, lower columns first.
 
     Args:
         scores: [cols].

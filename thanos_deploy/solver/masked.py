@@ -10,43 +10,44 @@ from thanos_deploy.solver.division import Division
 # quadratic in it: the float32 value costs about 1e-8 of the loss, less than rounding does.
 _SOLVED = {torch.float32: 1e-4, torch.float64: 1e-12}
 
-# The same where all weights are fitted once more afterwards.
+# The same if a refit of all kept weights follows.
 _REFITTED = {torch.float32: 0.1, torch.float64: 1e-12}
 
-# Weights that are solved together, in whole rows: each step needs a few numbers beside each. As
-# many as fit into the caches of a processor; a GPU needs more, to be busy.
+# Weights that are solved together, in whole rows; each step needs a few temporaries per weight. On
+# a CPU they should fit into the caches. A GPU needs more to be busy.
 _ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
-# Steps that a GPU takes, which nobody waits for to ask whether all rows are solved: so many where
-# all kept weights are fitted once more afterwards (the blocks of SmolLM2-135M took 2 or 3 mostly,
-# and 9 at most), and else so many at first. Rows that are solved stay as they are, so steps that
-# were not wanted change no result. A processor knows without waiting, so it asks before each step.
+# Step limits on a GPU, which takes all steps, because a test for convergence would wait for the
+# device. The first limit holds if a refit of all kept weights follows (the blocks of SmolLM2-135M
+# mostly took 2 or 3 steps, and 9 at most), the second for the first attempt otherwise. Solved rows
+# no longer change, so surplus steps change no result. A CPU tests before each step.
 _REFITTED_STEPS, _FIRST_STEPS = 8, 32
 
 
 def entries_together(device: torch.device) -> int:
-    """The most weights that are solved together on a device."""
+    """The largest number of weights that are solved together on a device."""
     return _ENTRIES[device.type]
 
 
 def tolerance_of(dtype: torch.dtype, *, refitted: bool) -> float:
-    """The residual at which a row counts as solved; see `solve_masked`.
+    """The relative residual at which a row counts as solved; see `solve_masked`.
 
     Args:
-        dtype: of the weights, float32 or float64.
-        refitted: all kept weights are fitted once more afterwards.
+        dtype: dtype of the weights, float32 or float64.
+        refitted: a refit of all kept weights follows.
     """
     return (_REFITTED if refitted else _SOLVED)[dtype]
 
 
 def attempts(device: torch.device, columns: int, *, refitted: bool) -> list[int]:
-    """The most steps of every block: at first, and if rows were left unsolved, in each new attempt.
+    """Limits on the steps of every block: for the first attempt, and for each one that follows.
+
+    A further attempt is made only if the one before left rows unsolved.
 
     Args:
-        device: of the weights.
-        columns: of a block.
-        refitted: all kept weights are fitted once more afterwards, for which a row that is nearly
-            solved is as good.
+        device: device of the weights.
+        columns: number of columns of a block.
+        refitted: a refit of all kept weights follows, for which nearly solved rows are as good.
     """
     enough = 2 * columns
     if device.type == "cpu":
@@ -72,31 +73,32 @@ def solve_masked(
     unsolved: Tensor | None = None,
     division: Division | None = None,
 ) -> Tensor:
-    """For every row, the d with d = -w on the mask that minimises d S d^T.
+    """Minimise d S d^T for every row, with d = -w on the mask.
 
-    Conjugate gradients with the diagonal of S as preconditioner, all rows at once. The objective
-    falls with every step, so stopping early never leaves a row worse than it was at the start. A
-    row that is solved stays as it is, whatever the others need.
+    Runs conjugate gradients on all rows at once, with the diagonal of S as preconditioner. The
+    objective falls with every step, so stopping early never leaves a row worse than at the start. A
+    solved row no longer changes, however many steps other rows need.
 
     Args:
         w: [rows, B], the weights.
         mask: bool[rows, B], True = removed.
         S: [B, B], symmetric positive definite.
-        diagonal: [B], that of S where S itself has another one.
-        start: [rows, B], where to start on the kept entries; zero if None.
-        steps: the most steps; if None, 2 B (exact arithmetic needs at most B).
-        tolerance: relative residual, in the preconditioned norm, at which a row is done; if None,
-            that of the dtype.
-        products: bfloat16 lets the steps round what they multiply where that is faster. It is the
-            change from `start` that is rounded, which another step makes up for in less time.
-        unsolved: int64, a scalar on the device, to which the rows are added that were not solved
-            in so many steps.
-        division: how the rows are divided; None for one run of them.
+        diagonal: [B], replaces the diagonal of S; None to use S as it is.
+        start: [rows, B], initial values of the kept entries of d; zero if None.
+        steps: largest number of steps; if None, 2 B (exact arithmetic needs at most B).
+        tolerance: relative residual, in the preconditioned norm, at which a row is solved; if None,
+            the default of the dtype.
+        products: bfloat16 lets the steps round the operands of their products where that is faster.
+            Only the change from `start` is rounded, and one more step makes up for that in less
+            time.
+        unsolved: int64 scalar on the device, to which the number of rows is added that were not
+            solved within the steps.
+        division: how the rows are divided; None for a single run.
 
     Returns:
-        [rows, B], exactly -w on the mask.
+        d, [rows, B]; exactly -w on the mask.
     """
-    # In units in which the diagonal of S is 1, there is nothing left to precondition.
+    # Scale S to a unit diagonal, which takes the place of the preconditioner.
     unit = (S.diagonal() if diagonal is None else diagonal).rsqrt()
     S = (S * unit).mul_(unit[:, None])
     S.diagonal().fill_(1.0)
@@ -119,17 +121,17 @@ def solve_masked(
 def _conjugate_gradients(
     d: Tensor, keep: Tensor, S: Tensor, steps: int, tolerance: float, products: torch.dtype
 ) -> Tensor:
-    """Minimise d S d^T on the kept entries, in place, from the values that they have.
+    """Minimise d S d^T over the kept entries, in place, from their current values.
 
     Args:
         d: [rows, cols].
-        keep: [rows, cols], 1 for what may change and 0 for what may not.
-        S: [cols, cols], with ones on its diagonal.
-        steps: the most steps.
+        keep: [rows, cols], 1 for entries that may change and 0 for the others.
+        S: [cols, cols], with a unit diagonal.
+        steps: largest number of steps.
         tolerance, products: see `solve_masked`.
 
     Returns:
-        bool[rows, 1], the rows that are not solved.
+        bool[rows, 1], True for rows that are not solved.
     """
     residual = torch.mm(d, S).mul_(keep).neg_()
     direction, image, product = residual.clone(), torch.empty_like(d), torch.empty_like(d)

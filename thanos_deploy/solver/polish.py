@@ -1,15 +1,15 @@
-"""Better n:m masks for a pruned layer: every group's mask is chosen again, in view of the others.
+"""Improve the n:m mask of a pruned layer: choose each group's mask again, given all others.
 
-The blocks of a method choose each group's mask when they reach it, from weights that later groups
-and the final fit change. Here every group has its turn once more. With E = P - W for the pruned
-weight P, what is lost is the sum over the rows of e H e^T. As long as only the group c changes, it
-is a quadratic whose minimum without a mask is p = P_c - (e H)_c A with A = H_cc^-1; removing the
-weights z of it and fitting the others costs p_z (A_zz)^-1 p_z^T more, and leaves
-p - p_z (A_zz)^-1 A_z. That is the multi-weight lemma of Ilin and Richtarik, arXiv 2504.05346, for
-one group. All masks of the pattern are tried and the best one is taken, so no group loses more than
-before.
+A block-wise method chooses each group's mask when it reaches the group, from weights that later
+groups and the final fit change. Here every group is visited once more. With E = P - W for the
+pruned weight P, the loss is the sum over the rows of e H e^T. As a function of one group c alone,
+it is a quadratic whose minimum without a mask is p = P_c - (e H)_c A with A = H_cc^-1. Removing the
+weights z of the group and refitting its other weights adds p_z (A_zz)^-1 p_z^T to the loss and
+leaves p - p_z (A_zz)^-1 A_z. That is the multi-weight lemma of Ilin and Richtarik, arXiv
+2504.05346, for one group. All masks of the pattern are tried and the best one is taken, so the loss
+never grows.
 
-Cost of a pass over a [rows, cols] layer: 4 rows cols^2, as of two steps of conjugate gradients.
+Cost of a pass over a [rows, cols] layer: 4 rows cols^2, as much as two conjugate-gradient steps.
 """
 
 from itertools import combinations
@@ -21,33 +21,33 @@ from torch import Tensor
 
 from thanos_deploy.pattern import Pattern, SemiStructured
 
-# Columns whose effect on those to the right is added up in one product, at most.
+# Largest number of columns whose effect on the columns to their right is applied in one product.
 _BLOCK = 128
 
-# Of a group. All of them are tried, and 8:16 would have 12,870.
+# Largest number of masks of a group. All of them are tried; 8:16 would have 12,870.
 _MASKS = 128
 
 
 def few_masks(pattern: Pattern) -> TypeGuard[SemiStructured]:
-    """The masks of a group of this pattern are so few that all can be tried."""
+    """Return whether a group of this pattern has few enough masks to try all of them."""
     return isinstance(pattern, SemiStructured) and comb(pattern.group, pattern.kept) <= _MASKS
 
 
 def polish(
     weight: Tensor, hessian: Tensor, diagonal: Tensor, pruned: Tensor, pattern: SemiStructured
 ) -> tuple[Tensor, Tensor]:
-    """Choose the mask of every group of columns again, once, and fit what it keeps.
+    """Choose the mask of every group of columns once more and refit the weights that it keeps.
 
     Args:
-        weight: [rows, cols], the weight whose output is wanted.
+        weight: [rows, cols], the weight whose output is the target.
         hessian: [cols, cols].
-        diagonal: [cols], that of the Hessian with its damping; positive.
-        pruned: [rows, cols], of the pattern.
-        pattern: which; see `few_masks`.
+        diagonal: [cols], the diagonal of the damped Hessian; positive.
+        pruned: [rows, cols], a weight that has the pattern.
+        pattern: the pattern; see `few_masks`.
 
     Returns:
-        [rows, cols], which loses no more, damping included, but for the rounding errors of the
-        sums; and bool[rows, cols], True = removed.
+        the new weight, [rows, cols], whose loss with damping is not larger, up to the rounding
+        errors of the sums; and the new mask, bool[rows, cols], True = removed.
     """
     group = pattern.group
     damping = diagonal - hessian.diagonal()
@@ -80,31 +80,31 @@ def polish(
 
 
 def _masks(pattern: SemiStructured, device: torch.device) -> Tensor:
-    """Every way to remove as many of a group as the pattern does; int64[ways, count]."""
+    """All masks of a group, each as the indices that it removes; int64[ways, count]."""
     ways = combinations(range(pattern.group), pattern.group - pattern.kept)
     return torch.tensor(list(ways), device=device)
 
 
 def _inverse(positive: Tensor) -> Tensor:
-    """Of positive definite matrices; that they are is not checked, which would be waited for."""
+    """Invert positive definite matrices, unchecked, because a check would wait for the device."""
     lower, _ = torch.linalg.cholesky_ex(positive)
     return torch.cholesky_inverse(lower)
 
 
 def _choices(own: Tensor, masks: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What every group of a block needs to choose its mask, found for all of them at once.
+    """Compute the matrices by which every group of a block prices and applies its masks.
 
     Args:
         own: [cols, cols], the damped Hessian of the block.
-        masks: int64[ways, count], what each removes.
-        group: columns of a group.
+        masks: int64[ways, count], the indices that each mask removes.
+        group: number of columns of a group.
 
     Returns:
-        of each group, in the dtype of the Hessian:
-        [groups, group, group], A.
-        [groups, group, ways * count], R: the squares of p R, summed over `count`, are what each
-        mask costs, because (A_zz)^-1 is L^-T L^-1 for the Cholesky factor L of A_zz.
-        [groups, ways, count, group], (A_zz)^-1 A_z.
+        for all groups, in the dtype of the Hessian:
+        A, [groups, group, group].
+        R, [groups, group, ways * count]: the squares of p R, summed over `count`, are the costs of
+        the masks, because (A_zz)^-1 is L^-T L^-1 for the Cholesky factor L of A_zz.
+        (A_zz)^-1 A_z, [groups, ways, count, group].
     """
     ways, count = masks.shape
     groups = len(own) // group

@@ -1,17 +1,18 @@
-"""Quantise a layer so that its output changes least: compensation, then descent.
+"""Quantise a layer so that its output changes least: error compensation, then descent.
 
-Compensation goes column by column, and the columns that follow absorb the error of each. Source:
-Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-arXiv 2210.17323, in the factor of `solver.hessian`: the error of column j, divided by V_jj, times
-row j of V is what the columns from j on lose. Columns of large inputs come first (the authors'
-later `act-order`), while groups stay those of neighbouring columns and their scales are chosen
-beforehand, so that every format can hold the result. A group's scale is the one of least error
-where that of column j costs its square over V_jj^2, which is what no later column can make up for.
+Compensation quantises column by column, and the columns that follow absorb the error of each.
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", arXiv 2210.17323, with the factor V of `solver.hessian`: the error of column j,
+divided by V_jj, times row j of V is subtracted from the columns from j on. Columns with large
+inputs come first (the authors' later `act-order`). Groups still consist of neighbouring columns,
+and their scales are chosen beforehand, so that every format can hold the result. A group's scale
+minimises the sum of squared errors weighted by 1 / V_jj^2, the part of the loss that no later
+column can compensate.
 
-Descent then improves codes, scales and zero points in turn; see `solver.descent`. A weight that was
-pruned is quantised to zero like any other column's value, so that zeros stay zero and what
-compensation puts there goes on. Cost for a [rows, cols] layer: rows cols^2 to update, and twice as
-much for each pass of the descent.
+Descent then improves codes, scales and zero points in turn; see `solver.descent`. A pruned weight
+is always quantised to zero, and any compensation added to it is passed on to the columns that
+follow. Cost for a [rows, cols] layer: rows cols^2 for the compensation, and twice as much for each
+pass of the descent.
 """
 
 from dataclasses import dataclass
@@ -26,24 +27,24 @@ from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.hessian import factor
 from thanos_deploy.solver.layer import LayerProblem, output_energy
 
-# Columns whose updates of those that follow are applied together.
+# Columns whose updates to the columns that follow are applied in one product.
 _BLOCK = 128
 
-# Of the descent; see benchmarks/LOG.md.
+# Default number of passes of the descent; see benchmarks/LOG.md.
 PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantisedLayer:
-    """A quantised layer, and what that cost.
+    """A quantised layer and its errors.
 
     Attributes:
-        quantised: its weight.
-        relative_error: fraction of the energy of the output that is lost.
-        rounding_error: the same if every weight had been rounded to the nearest multiple.
-        compensated: fraction of the rows that became better than by rounding; the others are
-            rounded.
-        energy: of the output.
+        quantised: the quantised weight.
+        relative_error: fraction of the output energy that is lost.
+        rounding_error: the same if every weight had been rounded to the nearest grid value.
+        compensated: fraction of the rows in which compensation and descent lose no more than
+            rounding; the other rows are rounded.
+        energy: output energy of the layer before quantisation.
     """
 
     quantised: Quantised
@@ -56,18 +57,18 @@ class QuantisedLayer:
 def quantise(
     problem: LayerProblem, grid: Grid, damping: Damping = DEFAULT, *, passes: int = PASSES
 ) -> QuantisedLayer:
-    """Quantise a layer with compensation and descent; where that is worse for a row, round it.
+    """Quantise a layer by compensation and descent, or by rounding in rows where that is better.
 
-    Rows do not depend on each other, so the choice is made for each.
+    Rows do not depend on each other, so the choice is made for each row.
 
     Args:
         problem: the layer, pruned or not; its zeros stay zero.
-        grid: what to quantise to.
-        damping: of the Hessian.
-        passes: of the descent.
+        grid: the grid to quantise to.
+        damping: damping of the Hessian.
+        passes: number of passes of the descent.
 
     Raises:
-        HessianError: the statistics are not finite or cannot be factored.
+        HessianError: the weight or the Hessian is not finite, or the Hessian cannot be factored.
     """
     weight, hessian = problem.weight, problem.hessian
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -110,9 +111,9 @@ def compensate(weight: Tensor, V: Tensor, order: Tensor, grid: Grid) -> Quantise
 
     Args:
         weight: [rows, cols], finite; its zeros stay zero.
-        V: [cols, cols], see `solver.layer.Factor`, of the columns in their order.
-        order: int64[cols], the columns as they come.
-        grid: what to quantise to.
+        V: [cols, cols], see `solver.layer.Factor`; for the Hessian with its inputs in `order`.
+        order: int64[cols], the columns in the order in which they are quantised.
+        grid: the grid to quantise to.
     """
     cols = weight.shape[1]
     prices = torch.empty_like(weight[0])

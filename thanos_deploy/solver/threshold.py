@@ -1,4 +1,4 @@
-"""The value that parts the smallest scores of a matrix from the others, whoever has its rows."""
+"""Select the smallest scores of a matrix whose rows may be divided among ranks."""
 
 import math
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from thanos_deploy.solver.division import Division
 
-# Integers of the same size.
+# The integer dtype of the same size, in which the bits of a score are read.
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
-# Bits of a score that one histogram looks at: 2048 counts are few enough to be kept beside each
-# core of a GPU, and to be sent for nothing.
+# Bits of a score that one histogram covers: 2048 counts fit into the shared memory of a GPU, and
+# sending them to other ranks costs next to nothing.
 _DIGIT = 11
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Threshold:
-    """Which scores of a matrix go: those below a value, and some of those that are equal to it.
+    """The scores of a matrix to remove: all below a value, and some of those equal to it.
 
     Attributes:
-        value: a scalar.
-        ties: how many of the equal ones go, in column order, then in row order; a number or a
-            scalar, on the device of the scores.
+        value: a scalar tensor on the device of the scores.
+        ties: how many of the scores equal to `value` are removed, in column order, then in row
+            order; a number, or a scalar tensor on the device of the scores.
         division: how the rows of the matrix are divided.
     """
 
@@ -33,10 +33,10 @@ class Threshold:
     division: Division
 
     def mark(self, scores: Tensor) -> Tensor:
-        """Mark what goes from the whole matrix, or from its first columns.
+        """Mark the scores to remove, in the whole matrix or in its first columns.
 
         Args:
-            scores: [rows, cols], those that are here.
+            scores: [rows on this rank, cols].
 
         Returns:
             bool[rows, cols], True = removed.
@@ -45,14 +45,14 @@ class Threshold:
         return mask
 
     def mark_and_count(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and how many go from these columns of the whole matrix, a scalar."""
+        """Return the mask of `mark`, and its count over all ranks as a scalar tensor."""
         below, equal = scores < self.value, scores == self.value
         if self.division.add is None:
             across = equal.T  # so that counting runs down the columns
             rank = across.flatten().cumsum(dim=0).reshape(across.shape)
             mask = below | (across & (rank <= self.ties)).T
             return mask, mask.sum()
-        # [runs, cols], and one row more for what goes anyhow.
+        # One row for the ties of each run, and a last row for the scores below the value.
         counts = below.new_zeros(self.division.count + 1, scores.shape[1], dtype=torch.int64)
         for number, run in self.division.own.items():
             counts[number] = equal[run].sum(dim=0)
@@ -68,13 +68,13 @@ class Threshold:
 
 
 def threshold(scores: Tensor, count: int | Tensor, division: Division | None = None) -> Threshold:
-    """What parts the `count` smallest scores of a matrix from the others.
+    """Find the threshold that removes exactly the `count` smallest scores of a matrix.
 
     Args:
-        scores: [rows, cols], finite and without a sign, not even that of -0.0.
-        count: from 0 to the number of scores of the whole matrix; as a scalar on the device of the
-            scores it is never read by the host.
-        division: how the rows of the matrix are divided; None if all are here.
+        scores: [rows, cols], finite and non-negative, without -0.0.
+        count: from 0 to the number of scores of the whole matrix. The host never reads a scalar
+            tensor on a GPU.
+        division: how the rows of the matrix are divided; None if this rank holds all of them.
     """
     division = Division.whole(len(scores)) if division is None else division
     if scores.device.type != "cpu" or division.add is not None:
@@ -92,14 +92,16 @@ def threshold(scores: Tensor, count: int | Tensor, division: Division | None = N
 
 
 def kth_smallest(scores: Tensor, count: int | Tensor) -> Tensor:
-    """The `count`-th smallest score, from 1 on; 0.0 for `count` 0. Exact, and without host reads.
+    """The exact `count`-th smallest score, counted from 1; 0.0 for `count` 0.
+
+    On a GPU, the host reads nothing.
 
     Args:
-        scores: float32 or float64, of any shape, finite and without a sign.
-        count: a number, or a scalar on the device of the scores.
+        scores: float32 or float64, of any shape, finite and non-negative, without -0.0.
+        count: a number, or a scalar tensor on the device of the scores.
 
     Returns:
-        a scalar on the device of the scores.
+        a scalar tensor on the device of the scores.
     """
     value, _ = _by_histograms(scores, count, Division.whole(len(scores)))
     return value
@@ -108,13 +110,13 @@ def kth_smallest(scores: Tensor, count: int | Tensor) -> Tensor:
 def _by_histograms(
     scores: Tensor, count: int | Tensor, division: Division
 ) -> tuple[Tensor, Tensor]:
-    """The `count`-th smallest score of all that the division has, and how many are smaller.
+    """The `count`-th smallest score over all ranks of the division, and how many are smaller.
 
-    Numbers without a sign are in the order of their bits read as an integer. So the value is found
-    digit by digit from the highest down, 11 bits at a time: of the scores that begin as the value
-    does, a histogram of the next digit is counted, and those who share the rows add theirs up. For
-    float32 that is three histograms, which on a GPU move 52 bytes a score. A radix sort with its
-    64-bit indices moves 96.
+    Non-negative floats have the same order as their bits read as integers. So the value is found
+    digit by digit from the highest down, 11 bits at a time: a histogram counts the next digit of
+    the scores whose leading bits are those of the value, and the ranks that share the rows sum
+    their histograms. For float32 that is three histograms, which on a GPU move 52 bytes a score. A
+    radix sort with its 64-bit indices moves 96.
     """
     bits, left = scores.view(_BITS[scores.dtype]), 8 * scores.itemsize - 1
     value = torch.zeros((), dtype=bits.dtype, device=bits.device)
@@ -122,11 +124,11 @@ def _by_histograms(
     while left:
         width = min(_DIGIT, left)
         left -= width
-        digits = (bits >> left) - (value << width)  # of another beginning, what is no digit
+        digits = (bits >> left) - (value << width)  # out of range where the leading bits differ
         found = division.sum(_histogram(digits, 1 << width))
         reached = found.cumsum(dim=0)
         digit = (below + reached < count).sum()
-        if bits.device.type == "cpu":  # which may know how many scores are left
+        if bits.device.type == "cpu":  # only here is it free to read how many scores are left
             bits = bits[digits == digit]
         below = below + (reached - found).index_select(0, digit[None]).squeeze(0)
         value = (value << width) + digit.to(value.dtype)
@@ -134,8 +136,8 @@ def _by_histograms(
 
 
 def _histogram(digits: Tensor, count: int) -> Tensor:
-    """How often each digit occurs; int64[count]. On a processor there is nothing but digits."""
+    """Count each digit; int64[count]. A GPU ignores entries out of range; a CPU must have none."""
     if digits.device.type == "cpu":
         return torch.from_numpy(np.bincount(digits.numpy().ravel(), minlength=count))
-    # One bin more, as the last one takes its upper edge in.
+    # One extra bin, because the last bin includes its upper edge.
     return torch.histc(digits, bins=count + 1, min=0, max=count + 1)[:count].to(torch.int64)

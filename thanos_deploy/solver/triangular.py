@@ -1,7 +1,7 @@
-"""Cholesky factors and their inverses in the memory of the matrix itself.
+"""Cholesky factors and their inverses, computed in the memory of the matrix itself.
 
-The Hessian of a wide layer in float64 is larger than everything else that pruning a block needs, so
-none of it is copied.
+The float64 Hessian of a wide layer is larger than everything else that pruning a block needs, so it
+is never copied.
 """
 
 from typing import Protocol
@@ -9,21 +9,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Below this width there is nothing to save.
+# Up to this width a matrix is inverted in one call, because there is nothing to save.
 _SMALL = 512
 
-# A product with a triangle is made in parts of at least so many columns, and so many parts at most,
-# each of which leaves zeros of the triangle out.
+# A product with a triangular matrix is computed in parts, each of which skips zeros of the
+# triangle: the smallest number of columns of a part, and the largest number of parts.
 _PART, _PARTS = 384, 4
 
-# Rows that are turned round at once.
+# Rows that are reversed or converted at once.
 _ROWS = 64
 
 
 def turn_(matrix: Tensor) -> Tensor:
-    """Put the rows and the columns of a square matrix into the opposite order."""
+    """Reverse the order of the rows and of the columns of a square matrix, in place."""
     size = len(matrix)
-    half = (size + 1) // 2  # of an odd number the row in the middle changes places with itself
+    half = (size + 1) // 2  # with an odd size, the middle row trades places with itself
     for start in range(0, half, _ROWS):
         stop = min(start + _ROWS, half)
         top, bottom = matrix[start:stop], matrix[size - stop : size - start]
@@ -34,7 +34,7 @@ def turn_(matrix: Tensor) -> Tensor:
 
 
 def narrow_(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous square matrix in a dtype that is not wider, at the beginning of its memory."""
+    """Convert a contiguous square matrix to a dtype that is not wider, within its own memory."""
     size = len(matrix)
     narrow = matrix.view(dtype).flatten()[: size * size].view(size, size)
     if dtype != matrix.dtype:
@@ -44,15 +44,15 @@ def narrow_(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cholesky_(matrix: Tensor) -> Tensor | None:
-    """Turn a symmetric matrix into its lower Cholesky factor.
+    """Turn a symmetric matrix into its lower Cholesky factor, in place.
 
     Args:
-        matrix: [n, n], contiguous; its memory is the factor's.
+        matrix: [n, n], contiguous; overwritten by the factor.
 
     Returns:
-        the factor; None if the matrix is not positive definite.
+        the factor, a view of `matrix`; None if the matrix is not positive definite.
     """
-    # LAPACK works on columns, and the columns of a symmetric matrix are its rows.
+    # LAPACK is column-major, and the columns of a symmetric matrix are its rows.
     lower = matrix.mT
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(lower, out=(lower, info))
@@ -60,32 +60,33 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
 
 
 class Helpers(Protocol):
-    """Those who need the same inverse at the same time, and make some of it each."""
+    """The ranks that need the same inverse at the same time and share its computation."""
 
     @property
     def rank(self) -> int:
-        """The number of this one."""
+        """The number of this rank among them."""
         ...
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """The number of ranks."""
         ...
 
     def spread(self, tensor: Tensor, source: int) -> None:
-        """Give all of them, in place, what a contiguous tensor of one of them holds."""
+        """Broadcast a contiguous tensor from the rank `source` to all of them, in place."""
         ...
 
 
 def invert_(lower: Tensor, helpers: Helpers | None = None) -> None:
-    """Turn a lower triangular matrix, [n, n], into its inverse, which is one too.
+    """Invert a lower triangular matrix in place.
 
     By halves: [[A, 0], [B, C]] has the inverse [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. The product is
-    made some columns at a time, which need nothing of each other, so that helpers can share them.
+    computed in independent parts of its columns, so that helpers can share them.
 
     Args:
-        lower: the matrix.
-        helpers: who has the same matrix now; None for nobody. The result does not depend on them.
+        lower: [n, n], overwritten by its inverse.
+        helpers: the ranks that invert the same matrix now; None to invert it alone. The result is
+            the same either way.
     """
     half = len(lower) // 2
     if len(lower) <= _SMALL:
