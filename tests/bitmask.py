@@ -1,4 +1,4 @@
-"""Checkpoints of the format sparse-24-bitmask, which nobody writes any more."""
+"""Write checkpoints in the format sparse-24-bitmask, which compressed-tensors has dropped."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,14 @@ from safetensors.torch import load_file, save_file
 
 
 def bitmask_folder(source: Path, destination: Path, *, keep_weight: bool) -> None:
-    """A checkpoint as compressed-tensors wrote it: the reference, straight from its layout."""
+    """Write a 2:4 checkpoint as compressed-tensors wrote it; the reference for tests of the reader.
+
+    Args:
+        source: folder of the 2:4 model.
+        destination: folder of the new checkpoint, which must not exist.
+        keep_weight: whether the names of the three parts of a weight keep ".weight", as in early
+            versions.
+    """
     destination.mkdir()
     tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():
@@ -17,7 +24,7 @@ def bitmask_folder(source: Path, destination: Path, *, keep_weight: bool) -> Non
             tensors[name] = tensor
             continue
         stem = name if keep_weight else name.removesuffix(".weight")
-        # Of every four the two largest, also where only one is not zero.
+        # The two largest of every four weights are stored, even if one or both are zero.
         where = torch.zeros(tensor.numel() // 4, 4, dtype=torch.bool)
         where.scatter_(1, tensor.reshape(-1, 4).abs().topk(2, dim=1).indices, True)
         where = where.reshape(tensor.shape)

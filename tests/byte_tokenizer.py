@@ -5,14 +5,15 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# The bytes C0, C1 and FF are in no text. llama.cpp loads no tokenizer of this kind without merges,
-# so two of them make a pair, which has the place of the third.
+# llama.cpp loads no tokenizer of this kind without merges, so there is one merge. No text contains
+# the bytes C0, C1 and FF: the merge joins C0 and C1, and the result has the place of FF in the
+# vocabulary.
 _PAIR = ("À", "Á")
 _PLACE = "ÿ"
 
 
 def save_byte_tokenizer(folder: Path) -> None:
-    """One token a byte, and one that ends a text."""
+    """Save a tokenizer with one token for each byte, and one token that ends a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet[alphabet.index(_PLACE)] = "".join(_PAIR)
     vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}

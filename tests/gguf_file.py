@@ -1,4 +1,4 @@
-"""A small model as a GGUF file."""
+"""Write a small model as a GGUF file."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ def write_gguf(folder: Path, path: Path, **claimed: int) -> None:
     """Write a Qwen2 model with a byte tokenizer as a GGUF file, in float32.
 
     Args:
-        folder: of the model.
-        path: of the file.
-        claimed: entries of its configuration that the head of the file has in their place.
+        folder: folder of the model.
+        path: the file to write.
+        claimed: entries of config.json to replace in the file's metadata, not in its tensors.
     """
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     own = json.loads((folder / "config.json").read_text())
@@ -34,7 +34,7 @@ def write_gguf(folder: Path, path: Path, **claimed: int) -> None:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))  # where there are no merges
+    writer.add_token_scores([0.0] * len(tokens))  # transformers needs scores if there are no merges
     control = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.NORMAL}
     writer.add_token_types([control[token == tokenizer.eos_token] for token in tokens])
     writer.add_eos_token_id(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""A run on a GPU, made up, for those who test what is made of one."""
+"""Invented records of a measurement run on a GPU, for tests of the code that uses records."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ ROWS: tuple[Row, ...] = (
     replace(DENSE, model="2:4", engine="torch:sparse", seconds=(2.5e-3,)),
     replace(DENSE, model="2:4", engine="torch:mma-sp", seconds=None, reason="out of memory"),
     replace(DENSE, model="structured", parameters=6 * 10**9, seconds=(4e-3,)),
-    replace(DENSE, model="2:4", phase="prefill", tokens=2048, seconds=(1.0,)),  # no dense one
+    replace(DENSE, model="2:4", phase="prefill", tokens=2048, seconds=(1.0,)),  # no dense row
     PruningRow("thanos", "fast", "2:4", 4096, 14336, 2.5, 0.1),
     StepRow("models", "PASS", "10 rows"),
 )

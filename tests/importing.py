@@ -1,6 +1,6 @@
-"""Imported first by the server of `tests.commands`: importing makes no garbage to look for.
+"""Disable garbage collection in the fork server of `tests.commands`, which imports this first.
 
-`tests.preloaded`, which comes last, has it looked for again.
+Importing makes no garbage. `tests.preloaded`, which is imported last, enables collection again.
 """
 
 import gc

@@ -1,9 +1,10 @@
-"""Small sizes for a model of each type, and which tests go over which types.
+"""Configurations of small models of each type, and the types that the tests go over.
 
-`docs/models.md` is written from these.
+`docs/models.py` writes `docs/models.md` from these.
 """
 
-# What makes a model of each type small. The sizes are all different, so that mixed-up axes show.
+# Entries of the configuration of a small model of each type, in addition to those that
+# `tests.conftest.write_model` sets. The sizes are all different, so that mixed-up axes show.
 _SIZES: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "mistral": {"num_key_value_heads": 1, "sliding_window": None},
@@ -23,7 +24,8 @@ _SIZES: dict[str, dict[str, object]] = {
 }
 MODEL_TYPES = tuple(_SIZES)
 
-# Of structures that pruning alone sees, or that are those of other types outside the blocks.
+# Further types, which fewer tests go over: their structure matters to pruning alone, or it differs
+# from that of other types only inside the blocks.
 _MORE_SIZES: dict[str, dict[str, object]] = {
     "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0]},
     "ministral": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 16},
@@ -45,10 +47,10 @@ _MORE_SIZES: dict[str, dict[str, object]] = {
 }
 SIZES = {**_SIZES, **_MORE_SIZES}
 
-# All that are pruned, apart from those with experts.
+# All types that are pruned, apart from mixtures of experts.
 EVERY_TYPE = (*MODEL_TYPES, *_MORE_SIZES)
 
-# Those with experts: how many, and what else makes them small.
+# Mixtures of experts: the number of experts, and the other entries that make a model small.
 _ROUTED: dict[str, object] = {
     "num_experts_per_tok": 2,
     "num_key_value_heads": 2,
@@ -56,7 +58,7 @@ _ROUTED: dict[str, object] = {
 }
 MIXTURES: dict[str, dict[str, object]] = {
     "mixtral": _ROUTED,
-    # The first block of this one has a dense feed-forward network.
+    # The first block has a dense feed-forward network.
     "qwen3_moe": {**_ROUTED, "head_dim": 12, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
     "gpt_oss": {
         **_ROUTED,
@@ -74,8 +76,8 @@ MIXTURES: dict[str, dict[str, object]] = {
     },
 }
 
-# Every way in which heads and channels that can be cut out are laid out.
+# Types from which heads and channels can be cut; together they have every layout of both.
 CUT_TYPES = (*MODEL_TYPES, "glm4", "phi3")
 
-# Those whose channels are cut out and whose heads cannot be.
+# Types from which channels can be cut, but not heads.
 CHANNEL_TYPES = ("olmo2",)

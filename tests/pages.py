@@ -1,4 +1,4 @@
-"""The pages of the documentation as data: their blocks of code, their links and their headings."""
+"""The pages of the documentation as data: their code blocks, links and headings."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 
-# What the paragraph before a block begins with, if the block needs more than a test has.
+# Beginning of the paragraph before a code block that needs something that a test does not have.
 NEEDS = "Needs: "
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -21,14 +21,14 @@ _CODE = re.compile(r"`([^`\n]+)`")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block of code.
+    """A fenced code block of a page.
 
     Attributes:
-        page: its page, from the root of the repository.
-        line: where it begins, from 1.
-        language: what follows the fence.
-        text: what is in it.
-        marked: the reader is told what it needs.
+        page: path of the page, relative to the root of the repository.
+        line: line of the opening fence, from 1.
+        language: the word after the opening fence.
+        text: content of the block.
+        marked: whether the paragraph before it begins with `NEEDS`.
     """
 
     page: str
@@ -38,7 +38,7 @@ class Block:
     marked: bool
 
     def commands(self) -> list[list[str]]:
-        """The arguments of each command of a shell block."""
+        """Split a shell block into commands, each a list of the program and its arguments."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -47,7 +47,7 @@ class Block:
 
 
 def blocks(page: str, *languages: str) -> list[Block]:
-    """The blocks of a page in some languages."""
+    """Return the code blocks of a page in some languages."""
     text = PAGES[page]
     return [
         Block(
@@ -63,22 +63,22 @@ def blocks(page: str, *languages: str) -> list[Block]:
 
 
 def prose(page: str) -> str:
-    """A page without its blocks of code."""
+    """Return the text of a page without its code blocks."""
     return _FENCE.sub("", PAGES[page])
 
 
 def code(page: str) -> list[str]:
-    """What stands between backticks in the prose of a page."""
+    """Return all inline code in the prose of a page."""
     return _CODE.findall(prose(page))
 
 
 def links(page: str) -> Iterator[str]:
-    """Where the links and pictures of a page lead."""
+    """Return the targets of the links and pictures of a page."""
     return (found[1] for found in re.finditer(r"\]\(([^)\s]+)\)", _CODE.sub("", prose(page))))
 
 
 def anchors(page: str) -> set[str]:
-    """The names of a page's headings, as forges make them."""
+    """Return the anchors of a page's headings, as sites such as GitHub make them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings

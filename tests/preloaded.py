@@ -1,7 +1,7 @@
-"""What the server of `tests.commands` does beside importing: it gets the trace of the tiny LLaMA.
+"""Trace the tiny LLaMA in the fork server of `tests.commands`, which imports this module last.
 
-Processes that are forked from it export that model, dense or pruned, without tracing it again; and
-they share all other traces.
+Processes that are forked from the server export this model, dense or pruned, without tracing it
+again. They share all other traces through a folder; see `tests.traced`.
 """
 
 import gc
@@ -18,10 +18,10 @@ from thanos_deploy.model.load import load_model
 
 traced.share(Path(os.environ[traced.VARIABLE]))
 _threads = torch.get_num_threads()
-torch.set_num_threads(1)  # of several, none would live on in a process that is forked
+torch.set_num_threads(1)  # worker threads would be missing in forked processes
 with tempfile.TemporaryDirectory() as _folder:
     write_model(Path(_folder), "llama")
     trace.trace(load_model(Path(_folder)), logits="all")
 torch.set_num_threads(_threads)
-gc.freeze()  # or every process would look through all that was imported
+gc.freeze()  # or each forked process would scan all imported objects
 gc.enable()

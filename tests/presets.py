@@ -1,7 +1,4 @@
-"""Presets for tests, which take few steps; what is shipped takes minutes on a real model.
-
-A dense model that is measured writes less, too: it takes its tokens one by one.
-"""
+"""Quick presets for tests; the shipped presets take minutes on a real model."""
 
 from dataclasses import replace
 
@@ -15,7 +12,12 @@ SHIPPED, SHIPPED_CUTS = dict(thanos.PRESETS), dict(cutting.PRESETS)
 
 
 def make_quick() -> None:
-    """Let presets tune with few steps on the segments of the statistics, or not at all."""
+    """Replace the shipped presets in this process by quick ones.
+
+    Presets that set weights to zero tune with few steps, on the segments of the statistics alone.
+    Presets that cut parts out do not tune. A dense model that is measured writes shorter texts,
+    because it generates them one token at a time.
+    """
     fidelity._WRITTEN = 32
     for name, preset in SHIPPED.items():
         if preset.walk.tune_steps:

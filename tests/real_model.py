@@ -1,7 +1,7 @@
-"""What the tests of SmolLM2-135M-Instruct share: how it is pruned, and what its engine has to hold.
+"""Code that the tests of SmolLM2-135M-Instruct share: how to prune the model and check the results.
 
-Both runs are real ones of the whole command. They have one cache, as two people at one machine
-would, so the dense model is converted, measured and exported once.
+Both test modules run the whole command `prune-export`. The two runs share one cache, as runs on one
+machine do, so the dense model is converted, measured and exported once.
 """
 
 import json
@@ -17,7 +17,18 @@ from tests.store import Store
 
 
 def prune_real(out: Path, store: Store, pattern: str, *options: str) -> tuple[Path, dict[str, Any]]:
-    """Make a bundle of the model; the dense model's own bundle, and the report."""
+    """Prune and export the model.
+
+    Args:
+        out: folder of the new bundle.
+        store: the store that has the cache.
+        pattern: value of `--pattern`.
+        options: further arguments of `prune-export`.
+
+    Returns:
+        The bundle of the dense model in the cache, and the entry of the report for the pruned
+        model.
+    """
     cache = store.folder("real-cache", lambda folder: None)
     printed = _run(
         *("prune-export", gguf_path(), "--pattern", pattern, "--target", "genai", "-o", out),
@@ -32,7 +43,7 @@ def prune_real(out: Path, store: Store, pattern: str, *options: str) -> tuple[Pa
 
 
 def _run(*arguments: object, cache: Path | None = None) -> str:
-    """Standard output of a command that has to succeed, in a process of its own."""
+    """Run a command that must succeed, in its own process; return its standard output."""
     command = Command(
         *arguments, environment={"THANOS_DEPLOY_CACHE": str(cache)} if cache else None
     )
@@ -42,10 +53,15 @@ def _run(*arguments: object, cache: Path | None = None) -> str:
 
 
 def require_greedy(folder: Path, prompt: list[int], ids: list[int]) -> None:
-    """What was written after a prompt has to be what PyTorch writes, one greedy step at a time.
+    """Require that generated tokens are those that PyTorch generates greedily.
 
-    PyTorch reads it all at once: each token has to be the likeliest one after those before it,
-    which is what its own loop would have taken.
+    PyTorch reads the prompt and all tokens in one pass. Each token must be the likeliest one after
+    the tokens before it, which is the token that a greedy loop would have chosen.
+
+    Args:
+        folder: folder of the model.
+        prompt: token IDs of the prompt.
+        ids: the generated token IDs.
     """
     with torch.inference_mode():
         logits = stock_model(folder)(torch.tensor([prompt + ids])).logits[0]
@@ -53,7 +69,12 @@ def require_greedy(folder: Path, prompt: list[int], ids: list[int]) -> None:
 
 
 def require_engine(out: Path, *, sparse: bool) -> None:
-    """Build an engine of a bundle; it has to hold every linear layer, and to pass `verify`."""
+    """Build a TensorRT-RTX engine of a bundle, and require every linear layer and a clean `verify`.
+
+    Args:
+        out: the bundle.
+        sparse: whether the model is 2:4, so that the engine must be built with sparse weights.
+    """
     _run("export", out, "--target", "tensorrt-rtx", "--sm", "86", "--max-seq", "2048")
     folder = out / "engines" / "tensorrt-rtx-sm86"
     build = json.loads((folder / "build.json").read_text())
@@ -63,7 +84,7 @@ def require_engine(out: Path, *, sparse: bool) -> None:
     hosts = {layer["name"]: layer["engine_layer"] for layer in build["layers"]}
     assert len(hosts) == 210
     assert all(hosts.values())
-    # The listing of the log itself: products of each profile, with the sizes of this model.
+    # The layers as the build log lists them: a product for each profile, with this model's sizes.
     config = json.loads((out / "model" / "config.json").read_text())
     channels, hidden = config["intermediate_size"], config["hidden_size"]
     listed = [

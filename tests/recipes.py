@@ -1,4 +1,4 @@
-"""Recipes of tests: a method as its own paper has it, with blocks that run in float32."""
+"""Recipes for tests: a method as in its paper, with calibration passes in float32."""
 
 from typing import Any
 
@@ -7,5 +7,11 @@ from thanos_deploy.pruning.recipe import Recipe
 
 
 def plain(pattern: Pattern, method: str = "magnitude", **given: Any) -> Recipe:
-    """The paper's preset, but for what is given by the keywords of options."""
+    """Return the recipe of a method's preset `paper`.
+
+    Args:
+        pattern: the sparsity pattern.
+        method: name of the method.
+        given: options that differ from the preset, by their keywords.
+    """
     return Recipe.of(pattern, method=method, preset="paper", **{"calib_forward": "fp32", **given})

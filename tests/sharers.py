@@ -1,4 +1,4 @@
-"""Several who solve runs of the rows of one layer at a time, each in a thread."""
+"""Simulate ranks that solve the rows of one layer together, with a thread for each rank."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,16 @@ T = TypeVar("T")
 
 
 def divided(rows: int, runs: int, members: int) -> list[list[slice]]:
-    """The runs of each member, dealt out in turns; of no more members than there are runs."""
+    """Divide the rows of a layer into runs, and deal the runs out to members in turns.
+
+    Args:
+        rows: number of rows of the layer.
+        runs: most runs.
+        members: most members; there are never more members than runs.
+
+    Returns:
+        The runs of each member.
+    """
     every = even(rows, runs)
     return [every[first::members] for first in range(min(members, len(every)))]
 
@@ -23,7 +32,17 @@ def divided(rows: int, runs: int, members: int) -> list[list[slice]]:
 def solve_together(
     matrix: Tensor, shares: Sequence[Sequence[slice]], work: Callable[[Tensor, Division], T]
 ) -> list[T]:
-    """What each makes of its rows of a matrix, while they add up what they count."""
+    """Let members work on their rows of a matrix at the same time.
+
+    Args:
+        matrix: [rows, cols].
+        shares: the runs of rows of each member.
+        work: called with a member's rows and its division, whose `add` is an all-reduce over the
+            members.
+
+    Returns:
+        The result of each member.
+    """
     whole = sorted((run for share in shares for run in share), key=lambda run: run.start)
     barrier = Barrier(len(shares))
     told: dict[int, Tensor] = {}

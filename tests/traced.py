@@ -1,10 +1,10 @@
-"""Graphs that were traced, shared by all processes of a run of the tests.
+"""Traced graphs that all processes of a test run share.
 
-A trace takes several seconds of a processor, far longer than all else in the export of a tiny
-model, and many tests export models of one structure: in the processes of pytest-xdist, and in those
-that are forked by `tests.commands`. Whichever comes first traces it for all.
+A trace takes several seconds of processor time, far longer than the rest of the export of a tiny
+model. Many tests export models of the same structure, in the processes of pytest-xdist and in those
+that `tests.commands` forks. The first process that needs a trace makes it for all.
 
-A test that is about tracing itself empties `exporters.onnx.trace._traced` for its own time.
+A test of the tracing itself replaces `exporters.onnx.trace._traced` by an empty dictionary.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from exporters.onnx import trace
 
-# The folder of the graphs, for processes that are forked from a server; see `tests.commands`.
+# Environment variable with the folder of the graphs, for the fork server; see `tests.preloaded`.
 VARIABLE = "THANOS_DEPLOY_TEST_TRACES"
 
-# What of a graph's inputs are weights, which a file of a graph without weights could not say.
+# Metadata key of a graph's file: how many of the graph's last inputs are weights.
 _WEIGHTS = "weights"
 
 
 class Traced(dict[str, ir.Model]):
-    """What `exporters.onnx.trace` keeps: in memory what this process used, the rest in a folder."""
+    """Cache for `exporters.onnx.trace`: in memory for this process, and in a folder for all."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -49,16 +49,20 @@ class Traced(dict[str, ir.Model]):
 
 
 def share(folder: Path) -> None:
-    """Take traces from a folder, and leave those there that it lacks, in this process and below."""
+    """Let this process and its children read traces from a folder, and add missing ones to it."""
     os.environ[VARIABLE] = str(folder)
     trace._traced = Traced(folder)
-    # PyTorch reads the sources of some 500 functions for every trace; nothing here adds to them.
+    # For every trace, PyTorch builds a registry from the sources of some 500 functions. No test
+    # adds functions, so one registry is enough.
     kept = staticmethod(cache(ONNXRegistry.from_torchlib))
     ONNXRegistry.from_torchlib = kept  # type: ignore[method-assign]
 
 
 def _write(graph: ir.Model, path: Path) -> None:
-    """A file has no initializers without values, so weights are inputs in it."""
+    """Write a graph without weights.
+
+    A file cannot have initializers without values, so the weights become inputs.
+    """
     copy = graph.clone()
     weights = [value for value in copy.graph.initializers.values() if value.const_value is None]
     for value in weights:

@@ -1,6 +1,6 @@
-"""Running a causal model in memory that does not move, so that a GPU can replay whole steps.
+"""Run a causal model on tensors at fixed addresses, so that a GPU can replay whole steps.
 
-A decode step of a large model is some hundreds of short kernels, and starting them one by one takes
-the host longer than the GPU needs to run them. Where every tensor has a fixed place, the step is
-recorded into a CUDA graph once and started with one call.
+A decode step of a large model consists of some hundreds of short kernels. Launching them one by one
+takes the host longer than the GPU needs to run them. If no tensor ever moves, the step can be
+recorded once as a CUDA graph, and then launched with one call.
 """

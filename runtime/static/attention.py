@@ -1,10 +1,10 @@
-"""Attention of one new token on PyTorch's fast kernels, for transformers' models.
+"""Attention of a single new token on PyTorch's fast kernels, for transformers' models.
 
-With grouped queries and a mask, PyTorch's fast kernels want as many key heads as query heads, so
-the keys and values of a whole cache are copied for every group, in every step. One new token needs
-no copies: the queries of a group are given as if they were as many tokens of one head. transformers
-does the same from 5.23 on; and its boolean mask, which PyTorch turns into numbers in every block,
-is made of numbers once a step here.
+With a mask, PyTorch's fast kernels need as many key heads as query heads. For grouped-query
+attention the keys and values of the whole cache are therefore copied for every query head, in every
+step. A single new token needs no copies: the queries of a group are passed as if they were several
+tokens of one head. transformers does the same from 5.23 on. But its mask is boolean, and PyTorch
+converts a boolean mask to numbers in every block; here it is converted once per step.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ NAME = "grouped_sdpa"
 
 
 def use(model: Any) -> None:
-    """Let a model attend this way, unless it is one that PyTorch's own kernels do not serve."""
+    """Let a model use this attention, if transformers chose PyTorch's kernels (`sdpa`) for it."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -33,19 +33,19 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every block.
+    """Compute the attention of one block; transformers calls this function in every block.
 
     Args:
-        module: the block's attention.
+        module: attention module of the block.
         query: [batch, heads, new tokens, channels].
         key, value: [batch, key-value heads, tokens, channels].
-        attention_mask: [batch, 1, new tokens, tokens], added to the scores; None for a prompt
-            whose tokens attend to all before them.
-        scaling: of the scores.
-        options: the rest of what transformers gives.
+        attention_mask: [batch, 1, new tokens, tokens], added to the scores; None for a prompt with
+            plain causal attention.
+        scaling: factor of the scores; None for PyTorch's default.
+        options: the other arguments that transformers passes.
 
     Returns:
-        [batch, new tokens, heads, channels], and no weights.
+        [batch, new tokens, heads, channels], and None in place of the attention weights.
     """
     batch, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
@@ -75,25 +75,26 @@ def mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> Tensor | None:
-    """Transformers' mask as numbers to add to the scores; None for a prompt that needs none.
+    """Return transformers' mask as numbers that are added to the scores.
 
-    The lowest finite number, not infinity: a place of the padding, to which nothing attends, may
-    then attend to anything instead of dividing by 0.
+    A masked position gets the lowest finite number, not minus infinity. For a padding token all
+    positions may be masked, and a softmax over minus infinity alone divides by 0. With finite
+    numbers such a token attends to arbitrary positions instead.
 
     Args:
-        batch_size: sequences.
-        q_length: new tokens.
-        kv_length: places that they may attend to.
-        dtype: of the numbers.
+        batch_size: number of sequences.
+        q_length: number of new tokens.
+        kv_length: number of positions that they may attend to.
+        dtype: dtype of the numbers.
         attention_mask: bool[batch, tokens], False for padding; None if there is none.
-        local_size: of a sliding window; None if there is none.
-        allow_is_causal_skip: whether it may be None.
-        options: the rest of what transformers gives.
+        local_size: tokens of the sliding window; None if there is none.
+        allow_is_causal_skip: whether the result may be None.
+        options: the other arguments that transformers passes.
 
     Returns:
-        [batch, 1, new tokens, places].
+        dtype[batch, 1, new tokens, positions]; None for a prompt that needs no mask.
     """
-    # transformers 5.17 makes one for every prompt whose reading is recorded into a CUDA graph.
+    # transformers 5.17 makes a mask for every prompt that is recorded into a CUDA graph.
     is_plain = attention_mask is None and q_length == kv_length
     if allow_is_causal_skip and is_plain and (local_size is None or kv_length < local_size):
         return None

@@ -1,10 +1,10 @@
-"""A kv cache whose tensors keep their place, in the form that transformers' models take.
+"""A KV cache whose tensors never move, in the form that transformers' models take.
 
-transformers' own `StaticCache` is not used: it takes the number of heads of every block from one
-configuration, cuts the cache of a block with a sliding window by steps that depend on how full it
-is, which no recording of one step can replay, and lets a prompt attend to all empty places. Here
-every block keeps whole sequences, as wide as the block itself is, windows are a matter of the mask
-alone, and a prompt attends to itself.
+transformers' own `StaticCache` is not used, for three reasons. It takes the number of heads of all
+blocks from one configuration. It cuts the cache of a block with a sliding window in a way that
+depends on how full the cache is, which a recorded step cannot repeat. And it lets a prompt attend
+to all empty positions. Here every block has its own number of heads and stores whole sequences,
+sliding windows are applied by the mask alone, and a prompt attends only to itself.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from runtime.static.room import Room
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """What one block keeps of every token.
+    """The shape of what one block caches for every token.
 
     Attributes:
-        heads: key-value heads.
-        key_size, value_size: channels of a head.
-        dtype: of both.
+        heads: number of key-value heads.
+        key_size, value_size: channels of the keys and of the values of one head.
+        dtype: dtype of keys and values.
     """
 
     heads: int
@@ -36,14 +36,14 @@ class BlockShape:
 
     @property
     def token_bytes(self) -> int:
-        """Of one token."""
+        """Bytes that one token takes in the cache of this block."""
         return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
 
 
 def block_shapes(model: Any) -> tuple[BlockShape, ...]:
-    """What the blocks of a causal model of transformers keep, by asking it to read one token.
+    """Find the cache shapes of a causal model's blocks, by running the model on one token.
 
-    No configuration says it of a model whose blocks differ in width.
+    The configuration does not give them for a model whose blocks differ in width.
     """
     cache = DynamicCache()
     with torch.inference_mode():
@@ -57,47 +57,48 @@ def block_shapes(model: Any) -> tuple[BlockShape, ...]:
         BlockShape(
             layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype
         )
-        for layer in cast(list[Any], cache.layers)  # lists of any kind of layer, says its type
+        for layer in cast(list[Any], cache.layers)  # its annotation allows any kind of layer
     )
 
 
 def cache_bytes(shapes: Sequence[BlockShape], room: Room) -> int:
-    """Memory that a `StaticCache` takes."""
+    """Return the bytes that a `StaticCache` takes."""
     return room.batch * room.tokens * sum(shape.token_bytes for shape in shapes)
 
 
 class StaticCache(Cache):
     """Keys and values of all blocks.
 
-    Before the model is called, `read_prompt` or `append` says what the call is.
+    Before each call of the model, `read_prompt` or `append` selects what the call does.
     """
 
     def __init__(self, shapes: Sequence[BlockShape], room: Room, index: Tensor) -> None:
-        """Allocate it.
+        """Allocate the cache, filled with zeros.
 
         Args:
-            shapes: of the blocks.
-            room: what it holds.
-            index: int64[], where the next token goes; read whenever one is appended.
+            shapes: cache shapes of the blocks.
+            room: capacity of the cache.
+            index: int64[] on the device, the index in the cache at which a new token is stored; it
+                is read at every appended token.
         """
         self._place = _Place(index)
         self._blocks = [_Block(shape, room, self._place) for shape in shapes]
         super().__init__(layers=[*self._blocks])
 
     def read_prompt(self) -> None:
-        """From now on tokens are put at the beginning and attend to each other alone."""
+        """From now on, store tokens at the beginning, and let them attend only to each other."""
         self._place.reach = None
 
     def append(self, reach: int) -> None:
-        """From now on one token of every sequence is put at the index.
+        """From now on, store one token of every sequence at the index.
 
         Args:
-            reach: how many places it attends to, from the first one on.
+            reach: number of positions that the token attends to, from the first one on.
         """
         self._place.reach = reach
 
     def copy_from(self, other: "StaticCache") -> None:
-        """Take over what a smaller cache of the same model holds."""
+        """Copy the content of a smaller cache of the same model."""
         for mine, theirs in zip(self._blocks, other._blocks, strict=True):
             batch, _, tokens, _ = theirs.keys.shape
             mine.keys[:batch, :, :tokens] = theirs.keys
@@ -105,11 +106,11 @@ class StaticCache(Cache):
 
 
 class _Place:
-    """What all blocks of a cache have in common.
+    """State that all blocks of a cache share.
 
     Attributes:
-        index: int64[], where the next token goes.
-        reach: places that it attends to; None while a prompt is read.
+        index: int64[], the index in the cache at which a new token is stored.
+        reach: number of positions that the token attends to; None while a prompt is read.
     """
 
     def __init__(self, index: Tensor) -> None:
@@ -120,7 +121,7 @@ class _Place:
 class _Block(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Keys and values of one block: [batch, heads, tokens, channels of a head]."""
 
-    is_compileable = True  # transformers then makes masks without asking the GPU for values
+    is_compileable = True  # transformers then makes masks without reading values from the GPU
     is_sliding = False
     keys: Tensor
     values: Tensor
@@ -140,12 +141,12 @@ class _Block(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_su
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing left to do."""
+        """Do nothing, because the tensors are allocated already."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put new keys and values in their places and return those to attend to."""
+        """Store new keys and values; return all keys and values that are attended to."""
         batch, _, tokens, _ = key_states.shape
         keys, values = self.keys[:batch], self.values[:batch]
         if self._place.reach is None:
@@ -158,13 +159,13 @@ class _Block(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_su
         return keys[:, :, : self._place.reach], values[:, :, : self._place.reach]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many places are attended to, and the first of them."""
+        """Return the number of positions that are attended to, and the first of them."""
         return self._place.reach or query_length, 0
 
     def get_seq_length(self) -> Any:
-        """Tokens that were there before: int64[] while one is appended."""
+        """Return the number of earlier tokens: 0 for a prompt, else the index, int64[]."""
         return 0 if self._place.reach is None else self._place.index
 
     def get_max_length(self) -> int:
-        """Places of a sequence."""
+        """Return the most tokens of a sequence."""
         return self._tokens

@@ -10,11 +10,11 @@ from thanos_deploy.errors import ResourceError
 
 @contextmanager
 def needed(what: str, size: int) -> Iterator[None]:
-    """Turn PyTorch's exception into an error of this project.
+    """Turn PyTorch's out-of-memory exception into an error of this project.
 
     Args:
-        what: is being done, for the message.
-        size: bytes that it takes at least.
+        what: what the `with` statement does or makes, for the message.
+        size: bytes of GPU memory that it takes at least, for the message.
 
     Raises:
         ResourceError: the GPU has too little memory.

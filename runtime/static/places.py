@@ -1,4 +1,4 @@
-"""Where everything is that the steps of one room read and write."""
+"""The tensors that all steps on one static KV cache read and write."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,32 +12,34 @@ from runtime.static.room import Room
 
 
 class Places:
-    """Tensors that stay where they are, and the recordings that know where that is.
+    """Tensors at fixed addresses, and the recorded steps that use these addresses.
 
     Attributes:
-        room: what they are made for.
-        inputs: int64[batch + 1] on the device: the new token of every sequence, then the index of
-            their place in the cache.
-        staged: the same on the host, where the GPU can fetch it by itself.
-        prompt: int64[batch * tokens], ids of a prompt, row by row.
+        room: capacity of the cache; "batch" and "tokens" below are its sizes.
+        inputs: int64[batch + 1] on the device: the new token of every sequence, then the index at
+            which the cache stores these tokens.
+        staged: host copy of `inputs`, in pinned memory if there is a GPU.
+        prompt: int64[batch * tokens], token IDs of the prompts, row by row.
         mask: bool[batch, tokens], False for padding.
-        gaps: int64[batch, 1], how much smaller than its index the position of a token is.
-        logits: float32[batch, vocabulary], what the last step found.
+        gaps: int64[batch, 1], the padding of every sequence: the index of a token in the cache
+            minus its position ID.
+        logits: float32[batch, vocabulary], the result of the last step.
         cache: keys and values.
-        recorded: steps by what they are for.
-        pool: the memory of their intermediate results; None without a GPU.
+        recorded: maps "prefill" or "decode", number of sequences, and tokens of the prompt or
+            positions that a new token attends to, to the recorded step.
+        pool: memory pool for intermediate results of the recorded steps; None without a GPU.
     """
 
     def __init__(
         self, shapes: Sequence[BlockShape], room: Room, *, vocabulary: int, device: torch.device
     ) -> None:
-        """Allocate them.
+        """Allocate the tensors.
 
         Args:
-            shapes: of the model's blocks.
-            room: what to make them for.
-            vocabulary: of the model.
-            device: where it is.
+            shapes: cache shapes of the model's blocks.
+            room: capacity of the cache.
+            vocabulary: vocabulary size of the model.
+            device: device of the model.
         """
         on_gpu = device.type == "cuda" and torch.cuda.is_available()
         zeros = partial(torch.zeros, device=device)
@@ -53,7 +55,7 @@ class Places:
         self.pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def copy_from(self, other: "Places") -> None:
-        """Take over the sequences of a smaller room."""
+        """Copy the sequences from places with a smaller room."""
         batch, tokens = other.mask.shape
         self.mask[:batch, :tokens] = other.mask
         self.gaps[:batch] = other.gaps
@@ -61,5 +63,5 @@ class Places:
 
 
 def needed_bytes(shapes: Sequence[BlockShape], room: Room, *, vocabulary: int) -> int:
-    """Memory that `Places` take: the cache, and little else."""
+    """Return the bytes that `Places` take on the device, nearly all of them for the cache."""
     return cache_bytes(shapes, room) + room.batch * (vocabulary * 4 + room.tokens * 9)

@@ -1,4 +1,4 @@
-"""A step that is recorded once and replayed: a CUDA graph, or on a CPU the step itself."""
+"""Record a step once and replay it: as a CUDA graph, or by running the step itself."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,34 +8,39 @@ import torch
 
 Step = Callable[[], object]
 
-# Runs before a recording: kernels are compiled and tuned, libraries take their workspaces.
+# Runs of a step before it is recorded: kernels are compiled and tuned, and libraries allocate their
+# workspaces.
 _WARMUP = 2
 
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """The one on which steps are recorded; libraries keep a workspace for each stream."""
+    """The one stream of a device that records steps; libraries keep a workspace per stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Recording(Protocol):
-    """A step on tensors that keep their places, which has the same effect if it runs again."""
+    """A recorded step.
+
+    The step uses tensors at fixed addresses, and has the same effect if it runs again.
+    """
 
     def capture(self, step: Step) -> None:
-        """Record a step; it is run, too."""
+        """Record a step; only `replay` is certain to run it, but this may run it, too."""
 
     def replay(self) -> None:
-        """Do again what was recorded, with what the tensors hold now."""
+        """Run the recorded step on the present values of its tensors."""
 
 
 class Replay:
     """A step on the current GPU, as one CUDA graph."""
 
     def __init__(self, pool: Any) -> None:
-        """Nothing is recorded yet.
+        """Make an empty recording.
 
         Args:
-            pool: of `torch.cuda.graph_pool_handle`, shared by steps that never run at once.
+            pool: memory pool, from `torch.cuda.graph_pool_handle`; recordings that share a pool
+                must never run at the same time.
         """
         self._graph = torch.cuda.CUDAGraph()
         self._pool = pool
@@ -60,10 +65,10 @@ class Replay:
 
 
 class Eager:
-    """A step that is run anew each time, for devices without CUDA graphs."""
+    """A step that is simply run at each replay, where CUDA graphs cannot be used."""
 
     def __init__(self, pool: Any = None) -> None:
-        """Nothing is recorded yet; there is no pool."""
+        """Make an empty recording; the pool is ignored."""
         self._step: Step | None = None
 
     def capture(self, step: Step) -> None:

@@ -1,36 +1,37 @@
-"""How much a static kv cache holds."""
+"""Capacity of a static KV cache."""
 
 from dataclasses import dataclass
 
-# The fewest tokens that a decode step attends to.
+# The fewest cache positions that a decode step attends to, in a cache that has as many.
 _LEAST_REACH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a static kv cache is made for.
+    """Capacity of a static KV cache.
 
     Attributes:
-        batch: sequences at once.
-        tokens: of the longest sequence, prompt and answer together.
+        batch: most sequences at once.
+        tokens: most tokens of a sequence, prompt and answer together.
     """
 
     batch: int
     tokens: int
 
     def holds(self, other: "Room") -> bool:
-        """Whether there is a place for everything that another room holds."""
+        """Return whether this room is at least as large as another one in both sizes."""
         return self.batch >= other.batch and self.tokens >= other.tokens
 
     def grown(self, needed: "Room", *, most_tokens: int) -> "Room":
-        """A room that holds a larger one, too.
+        """Return a room that holds this room and a needed one.
 
-        Tokens at least double, because each new room records its steps anew; a batch grows to
-        what is needed, because few sizes of batches occur.
+        If more tokens are needed, their number at least doubles, up to the model's limit, because
+        all steps are recorded anew for a new room. The batch grows only to what is needed, because
+        few batch sizes occur.
 
         Args:
-            needed: what must find a place.
-            most_tokens: the longest sequence that the model takes.
+            needed: sizes that are needed.
+            most_tokens: most tokens of a sequence that the model takes.
         """
         tokens = self.tokens
         if needed.tokens > tokens:
@@ -38,13 +39,14 @@ class Room:
         return Room(max(self.batch, needed.batch), tokens)
 
     def reach(self, length: int) -> int:
-        """How many places of the cache a decode step attends to, the empty ones being masked.
+        """Return the number of cache positions that a decode step attends to.
 
-        One of 256, 384, 512, 768, 1024, ..., so that few steps have to be recorded and at most a
-        third of what is read is empty, or all of the room.
+        It is rounded up to one of 256, 384, 512, 768, 1024, ..., but not beyond the room's tokens.
+        So only a few steps have to be recorded, and beyond 256 positions at most a third of what a
+        step reads is empty. Empty positions are masked.
 
         Args:
-            length: tokens that are there, the new one included.
+            length: number of tokens of a sequence, the new one included.
         """
         reach = _LEAST_REACH
         while reach < length:

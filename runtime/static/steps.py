@@ -1,4 +1,4 @@
-"""Prefill and decode steps of a causal model on a static kv cache, recorded and replayed."""
+"""Prefill and decode steps of a causal model on a static KV cache, recorded and replayed."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,16 +17,19 @@ from runtime.static.replay import Eager, Recording, Replay
 from runtime.static.room import Room
 from thanos_deploy.model.rope import depends_on_length
 
-# The first shapes of prompts that repeat are recorded, and no more: recordings hold memory, and
-# making room for another one would record anew, which takes some prefills, again and again.
+# Most prompt shapes that are recorded; these are the first ones that repeat. A recording holds
+# memory, and replacing old recordings by new ones would cost the time of some prefills each time.
 _MOST_PROMPTS = 4
 
 
 class StaticSteps:
-    """A model and the kv cache of the sequences that it is working on, in places that stay.
+    """Steps of a causal model, on a KV cache whose tensors never move.
 
-    All that a step reads is put into its place before, by one copy from the host, and a step that
-    is run twice leaves the same behind; so it may be run once more to be recorded.
+    Before a step, its inputs are copied from the host into tensors at fixed addresses. A step that
+    runs twice leaves the same state as a step that runs once, so it may run again to be recorded.
+
+    Attributes:
+        length: number of tokens of each sequence in the cache, padding included.
     """
 
     def __init__(
@@ -36,13 +39,13 @@ class StaticSteps:
         *,
         recording: Callable[[Any], Recording] | None = None,
     ) -> None:
-        """Find out what the model's blocks keep, and allocate the cache.
+        """Find the cache shapes of the model's blocks, and allocate the cache.
 
         Args:
             model: a causal model of transformers, on the device where it is to run.
-            room: what to make the cache for; it grows when more is needed.
-            recording: makes a recording, given a memory pool; None for CUDA graphs on a GPU,
-                unless the model's rotary embedding forbids it, and eager steps elsewhere.
+            room: capacity of the cache, which grows when more is needed.
+            recording: makes an empty recording from a memory pool. None for CUDA graphs on a GPU,
+                unless the model's rotary embedding rules them out, and for eager steps elsewhere.
 
         Raises:
             ResourceError: the GPU has too little memory.
@@ -62,23 +65,24 @@ class StaticSteps:
 
     @property
     def room(self) -> Room:
-        """What there is a place for now."""
+        """The present capacity of the cache."""
         return self._open_places.room
 
     @property
     def bytes(self) -> int:
-        """Memory that the cache and what goes with it take."""
+        """Bytes that the cache and the inputs and logits of the steps take on the device."""
         return needed_bytes(self._shapes, self.room, vocabulary=self._vocabulary)
 
     def prefill(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Tensor:
-        """Forget everything and read a batch of prompts.
+        """Forget all sequences, and read a batch of prompts.
 
         Args:
             ids: [batch, tokens].
             mask: [batch, tokens], 0 for padding on the left; None if there is none.
 
         Returns:
-            float32[batch, vocabulary] on the device, until the next step.
+            Logits after the last token of each prompt, float32[batch, vocabulary] on the device;
+            the next step overwrites them.
 
         Raises:
             ResourceError: the GPU has too little memory.
@@ -94,7 +98,7 @@ class StaticSteps:
         step = partial(self._prefill_step, batch, tokens, is_padded=mask is not None)
         if mask is None and self._repeats(batch, tokens):
             self._replay(("prefill", batch, tokens), step)
-        else:  # the host looks at padding
+        else:  # with padding, transformers reads values of the mask on the host
             with self._memory(f"a prompt of {batch} x {tokens} tokens", self.room):
                 step()
         return places.logits[:batch]
@@ -106,7 +110,8 @@ class StaticSteps:
             ids: [batch].
 
         Returns:
-            float32[batch, vocabulary] on the device, until the next step.
+            Logits after the new tokens, float32[batch, vocabulary] on the device; the next step
+            overwrites them.
 
         Raises:
             ResourceError: the GPU has too little memory.
@@ -165,7 +170,7 @@ class StaticSteps:
         places.recorded[key].replay()
 
     def _repeats(self, batch: int, tokens: int) -> bool:
-        """Whether prompts of a shape are worth a recording."""
+        """Whether to record prompts of this shape: if it was seen before, for a few shapes."""
         shape, recorded = (batch, tokens), self._open_places.recorded
         if ("prefill", *shape) in recorded:
             return True
@@ -175,18 +180,18 @@ class StaticSteps:
 
     @property
     def _open_places(self) -> Places:
-        assert self._places is not None  # a prefill that finds too little memory leaves none
+        assert self._places is not None  # None after a prefill that ran out of memory
         return self._places
 
     def _make_room(self, needed: Room) -> None:
-        """Open a larger room if it takes one, and forget the sequences to make place for it."""
+        """Allocate a larger cache if needed; the old one is freed first, with its sequences."""
         room = Room(0, 0) if self._places is None else self._places.room
         if not room.holds(needed):
             self._places = None
             self._places = self._allocate(room.grown(needed, most_tokens=self._most_tokens))
 
     def _grow(self, needed: Room) -> None:
-        """Open a larger room if it takes one, with the sequences in it."""
+        """Allocate a larger cache if needed, and copy the sequences into it."""
         if not self.room.holds(needed):
             larger = self._allocate(self.room.grown(needed, most_tokens=self._most_tokens))
             larger.copy_from(self._open_places)
@@ -202,6 +207,6 @@ class StaticSteps:
 
 
 def _is_recordable(model: Any) -> bool:
-    """Whether the host decides nothing within a step."""
-    # The host reads the longest position so far in every step where frequencies depend on it.
+    """Whether the steps of a model can be recorded: the host reads no values within them."""
+    # If the rotary frequencies depend on the longest position, the host reads it in every step.
     return not depends_on_length(getattr(model.config, "rope_parameters", None) or {})
