@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat. Results go to LOG.md with date and machine. Not shipped."""
+"""Benchmarks that anyone can repeat; LOG.md has the results with date and machine. Not shipped."""

@@ -1,6 +1,6 @@
-"""Clients of a server, played by AIPerf (PyPI `aiperf`, in an environment of its own).
+"""Load a server with the clients of AIPerf (PyPI `aiperf`, in an environment of its own).
 
-What it measures is kept request by request, and summed up by this project's statistics.
+AIPerf's measurements are kept request by request, and summarised by this project's statistics.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from thanos_deploy.measure import statistics
 
 VERSION = "0.13.0"
 
-# AIPerf's names of what is kept of every request, in milliseconds there.
+# Maps our name of a metric of a request to AIPerf's name; AIPerf gives milliseconds.
 METRICS = {
     "ttft": "time_to_first_token",
     "inter_token": "inter_token_latency",
     "request": "request_latency",
 }
 
-# Heads of tables, in the order of `METRICS`.
+# Column headings, in the order of `METRICS`.
 SPREAD = ("first token, ms", "between tokens, ms", "whole answer, ms")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of a `Load`, and the two environments."""
+    """Add the options of a `Load`, and those for the environments of AIPerf and vLLM."""
     parser.add_argument("--prompt", type=int, default=128, help="tokens in each prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens in each answer")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_of(arguments: argparse.Namespace) -> Load:
-    """What the options ask for."""
+    """Return the load that the options describe."""
     return Load(
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens,
@@ -70,7 +70,7 @@ def load_of(arguments: argparse.Namespace) -> Load:
 
 
 def installed(folder: Path) -> Path:
-    """The command of AIPerf, installed into a virtual environment where it is not there yet."""
+    """Return the command of AIPerf; install it into a virtual environment if it is missing."""
     command = folder / "bin" / "aiperf"
     if not command.exists():
         venv.create(folder, with_pip=True)
@@ -83,17 +83,17 @@ def installed(folder: Path) -> Path:
 def closed_loops(
     aiperf: Path, subjects: Mapping[str, Subject], load: Load, work: Path
 ) -> tuple[list[Json], list[stillness.Reading]]:
-    """Every number of clients for every server, in turns.
+    """Run a closed loop for every number of clients, on all servers in turns.
 
     Args:
-        aiperf: its command.
-        subjects: by name.
-        load: what is asked.
-        work: a folder for AIPerf's own records.
+        aiperf: command of AIPerf.
+        subjects: the servers by name.
+        load: the requests to send.
+        work: folder for AIPerf's own records.
 
     Returns:
-        what `closed_loop` found, with the name of the server and the clients; and the machine's
-        counters before and after each.
+        The result of each `closed_loop`, with the name of the server and the number of clients; and
+        the machine's counters before the first loop and after each one.
     """
     closed: list[Json] = []
     readings = [reading(subjects.values())]
@@ -108,14 +108,14 @@ def closed_loops(
 
 
 def closed_loop(aiperf: Path, subject: Subject, load: Load, clients: int, folder: Path) -> Json:
-    """Let some clients each ask again when they are answered.
+    """Run clients that each send the next request when the last one is answered.
 
     Args:
-        aiperf: its command.
-        subject: who is asked.
-        load: what is asked.
-        clients: how many.
-        folder: to be made, for AIPerf's own records.
+        aiperf: command of AIPerf.
+        subject: the server.
+        load: the requests to send.
+        clients: number of clients.
+        folder: new folder for AIPerf's own records.
     """
     command = [
         *(aiperf, "profile", "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"),
@@ -126,11 +126,11 @@ def closed_loop(aiperf: Path, subject: Subject, load: Load, clients: int, folder
         *("--prompt-input-tokens-mean", load.prompt, "--prompt-input-tokens-stddev", 0),
         *("--prompt-output-tokens-mean", load.new_tokens, "--prompt-output-tokens-stddev", 0),
         *("--concurrency", clients, "--request-count", load.requests(clients)),
-        # Other prompts for another number of clients: servers keep common beginnings.
+        # Different prompts for each number of clients, because servers cache common prefixes.
         *("--warmup-request-count", 1, "--random-seed", clients),
         *("--workers-max", 1, "--record-processors", 1, "--output-artifact-dir", folder),
     ]
-    # A local tokenizer is found only where AIPerf believes to be online; nothing is downloaded.
+    # AIPerf finds a local tokenizer only if it believes to be online; nothing is downloaded.
     variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(
         [str(part) for part in command],
@@ -159,7 +159,7 @@ def closed_loop(aiperf: Path, subject: Subject, load: Load, clients: int, folder
 
 
 def differences(closed: Iterable[Json], load: Load) -> list[str]:
-    """Where a server did not do all of the work."""
+    """Describe the loops in which a server did not answer all requests in full."""
     found = []
     for one in closed:
         wanted = load.requests(one["clients"])
@@ -173,21 +173,21 @@ def differences(closed: Iterable[Json], load: Load) -> list[str]:
 
 
 def summarised(samples: list[float]) -> Json:
-    """Samples with their percentiles."""
+    """Return samples together with their percentiles."""
     return {"samples": samples, **asdict(statistics.summarise(samples))}
 
 
 def milliseconds(summary: Json) -> str:
-    """Median and tail."""
+    """Return the median and, in parentheses, the 99th percentile, in milliseconds."""
     return f"{summary['median'] * 1e3:.0f} ({summary['p99'] * 1e3:.0f})"
 
 
 def table(closed: Sequence[Json], baseline: str) -> str:
-    """The closed loops, with tokens per second also beside those of one server.
+    """Return a table of the closed loops, with the throughput also relative to one server.
 
     Args:
-        closed: what `closed_loop` found, with "server" and "clients".
-        baseline: the name of that server; the column is left out where it was not measured.
+        closed: results of `closed_loop`, with "server" and "clients".
+        baseline: name of that server; without measurements of it, the column is left out.
     """
     against = {
         one["clients"]: one["tokens_per_second"] for one in closed if one["server"] == baseline
@@ -207,12 +207,12 @@ def table(closed: Sequence[Json], baseline: str) -> str:
 
 
 def footnote(result: Json) -> str:
-    """What is to be known of the figures."""
+    """Explain the figures, and say whether the run is valid."""
     note = "Times are the median and, in parentheses, the 99th percentile."
     return f"{note} {result['status']}: {'; '.join(result['reasons']) or 'nothing disturbed them'}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """Return a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

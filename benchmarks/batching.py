@@ -1,11 +1,11 @@
-"""Tokens per second of one model with 1, 8 and 32 slots, against one request at a time.
+"""Compare the throughput of one model with 1, 8 and 32 slots to one request at a time.
 
-`python -m benchmarks.batching OUT`: OUT is a bundle with the target onnx. As many clients as slots
-send requests, each its next one when the last is answered; the requests are the same in every row
-of the table. "One at a time" is `runtime.generate` in a loop. Prints times to the first token and
-between the tokens of a text (median and 95th percentile), how many texts are those of the first
-row, and where the time of the batcher's thread went. Processor time holds on a busy machine too,
-with `--threads 1`: threads that wait for each other spin.
+`python -m benchmarks.batching OUT`: OUT is a bundle with the target onnx. There are as many clients
+as slots, and each sends its next request when the last one is answered. The requests are the same
+in every row of the table. "One at a time" is `runtime.generate` in a loop. Prints the time to first
+token and the time between tokens (median and 95th percentile), how many texts equal those of the
+first row, and where the batcher's thread spent its time. Processor time is meaningful on a busy
+machine too, but only with `--threads 1`, because threads spin while they wait for each other.
 """
 
 import argparse
@@ -27,20 +27,26 @@ from runtime.generate import generate
 
 @dataclass(slots=True)
 class Text:
-    """An answer: its tokens, and when each came, counted from when it was asked for."""
+    """The answer to one request.
+
+    Attributes:
+        asked: time of the request, by `time.perf_counter`.
+        ids: the tokens.
+        times: seconds from the request to each token.
+    """
 
     asked: float = field(default_factory=time.perf_counter)
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
     def add(self, token: int) -> None:
-        """Note a token that came just now."""
+        """Append a token that has just arrived."""
         self.ids.append(token)
         self.times.append(time.perf_counter() - self.asked)
 
 
 class Clocked:
-    """Slots that add up the seconds spent in each of their methods, and of their readings'."""
+    """Wrapper of slots that sums the seconds of each method, also of what `join` returns."""
 
     def __init__(self, slots: Any, seconds: defaultdict[str, float] | None = None) -> None:
         self._slots = slots
@@ -61,7 +67,7 @@ class Clocked:
 
 
 def draw_requests(count: int, vocabulary: int) -> list[Request]:
-    """Prompts of 8 to 128 tokens, answers of 16 to 64."""
+    """Draw prompts of 8 to 128 tokens, with answers of 16 to 64 tokens."""
     draw = np.random.default_rng(0)
     return [
         Request(
@@ -73,7 +79,7 @@ def draw_requests(count: int, vocabulary: int) -> list[Request]:
 
 
 def one_at_a_time(engine: Engine, requests: Sequence[Request]) -> list[Text]:
-    """Answer with an engine of one sequence."""
+    """Answer the requests one by one, with an engine for a single sequence."""
     texts = []
     for request in requests:
         texts.append(Text())
@@ -83,7 +89,7 @@ def one_at_a_time(engine: Engine, requests: Sequence[Request]) -> list[Text]:
 
 
 def together(batcher: Batcher, requests: Sequence[Request], clients: int) -> list[Text]:
-    """Answer for several clients."""
+    """Answer the requests of several concurrent clients with a batcher."""
     texts: dict[int, Text] = {}
     numbers = iter(range(len(requests)))
     lock = threading.Lock()
@@ -117,15 +123,15 @@ def together(batcher: Batcher, requests: Sequence[Request], clients: int) -> lis
 def row(
     name: str, answer: Callable[[], Sequence[Text]], reference: Sequence[Text] | None = None
 ) -> tuple[Sequence[Text], float]:
-    """Print one line of the table.
+    """Measure and print one row of the table.
 
     Args:
-        name: what the line begins with.
-        answer: answers all requests.
-        reference: the texts to compare with; None for its own.
+        name: label of the row.
+        answer: function that answers all requests.
+        reference: texts to compare with; None compares the answers with themselves.
 
     Returns:
-        the texts and the seconds that they took.
+        The texts, and the seconds that they took.
     """
     started, worked = time.perf_counter(), time.process_time()
     texts = answer()

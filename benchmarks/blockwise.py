@@ -1,9 +1,10 @@
-"""Processor time of a 2:4 product on a CPU, unpacked blockwise, beside the dense product.
+"""Compare the processor time of a blockwise 2:4 product on a CPU with that of the dense product.
 
 Usage: python -m benchmarks.blockwise [--outputs 4096] [--inputs 4096]
 
-One thread. Each call takes another copy of the weight, of which there are more than a cache holds.
-The least of some rounds counts, in processor time, so that other processes on the machine do not.
+Runs on one thread. Successive calls use different copies of the weight, which together exceed the
+cache. The figure is the minimum over several rounds, in processor time, so that other processes on
+the machine do not count.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def seconds(copies: Sequence[Callable[[Tensor, None], Tensor]], x: Tensor) -> float:
-    """Of processor time for one product: the least of some rounds over all copies."""
+    """Return the processor seconds of a product: the minimum of several rounds over all copies."""
     rounds = []
     with torch.inference_mode():
         for _ in range(_ROUNDS):

@@ -1,8 +1,9 @@
-"""Tokens per second of one model in three runtimes, in turns, in one process.
+"""Compare the decode speed of one model in three runtimes, in turns, in one process.
 
 `python -m benchmarks.decode_speed OUT`: OUT is a bundle with the targets onnx and genai. Each round
 generates greedily with our runtime, with ORT-GenAI on the same graph, and with transformers on the
-checkpoint; the time of the prompt is taken out. Prints medians and, round by round, ratios.
+checkpoint. The time of the prompt is not counted. Prints the median time per token of each runtime,
+and the ratios of the other runtimes to ours over the rounds.
 """
 
 import argparse
@@ -24,7 +25,10 @@ Tokens = list[int]
 
 
 def ours(out: Path, new_tokens: int) -> Callable[[Tokens], tuple[Tokens, float]]:
-    """Seconds from the first new token to the last, and the tokens."""
+    """Open our runtime, and return a function that generates with it.
+
+    The function returns the new tokens, and the seconds from the first of them to the last.
+    """
     engine = open_engine(out)
 
     def run(prompt: Tokens) -> tuple[Tokens, float]:
@@ -38,7 +42,7 @@ def ours(out: Path, new_tokens: int) -> Callable[[Tokens], tuple[Tokens, float]]
 
 
 def genai(out: Path, new_tokens: int) -> Callable[[Tokens], tuple[Tokens, float]]:
-    """The same with ORT-GenAI."""
+    """Return such a function for ORT-GenAI; see `ours`."""
     model = onnxruntime_genai.Model(str(out / "genai"))
 
     def run(prompt: Tokens) -> tuple[Tokens, float]:
@@ -59,21 +63,21 @@ def genai(out: Path, new_tokens: int) -> Callable[[Tokens], tuple[Tokens, float]
 
 
 class _Clock(BaseStreamer):
-    """Notes when each token of `generate` comes; the prompt comes first."""
+    """Streamer that records when `generate` delivers the prompt and each token after it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: object) -> None:
-        """Note one arrival."""
+        """Record the time of a delivery."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing; the base class requires this method."""
 
 
 def transformers(out: Path, new_tokens: int) -> Callable[[Tokens], tuple[Tokens, float]]:
-    """The same with transformers' own generate, in float32."""
+    """Return such a function for transformers' own generate, in float32; see `ours`."""
     model: Any = load_model(out / "model")  # transformers' types say that it cannot generate
 
     def run(prompt: Tokens) -> tuple[Tokens, float]:

@@ -4,8 +4,8 @@ Usage: python -m benchmarks.estimate [--model MODEL] [--patterns 2:4 ...] [--pre
 
 Prints, for every pattern, the estimated and the measured seconds of each activity and the peak
 memory, and their ratios. The last line is JSON. Each pattern is pruned in a process of its own,
-because the peak is the process's. The survey before cutting is walked by `--dry-run` as well, so
-there two measurements are compared.
+because peak memory is counted per process. The survey before cutting runs in `--dry-run` too, so
+for the survey two measurements are compared.
 """
 
 import argparse

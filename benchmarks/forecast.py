@@ -1,10 +1,10 @@
-"""Forecasts beside published figures, and the fit of the forecast's five constants.
+"""Compare forecasts with published figures, and fit the five constants of the forecast.
 
 Usage: python -m benchmarks.forecast
 
-The constants are fitted to the figures marked "fit" and to no other; the rest are predictions. A
-figure whose setting was not published is marked with the one that is assumed. "Recalled" means
-that the paper was not read again. One line of JSON at the end.
+The constants are fitted to the figures marked "fit" and to no other; the rest are predictions. If
+the setting of a figure was not published, the assumed setting is named. "Recalled" means that the
+paper was not read again. The last line is JSON.
 
 Most of the file is the table of these figures, so it is longer than others.
 """
@@ -36,7 +36,7 @@ from thanos_deploy.forecast.roofline import (
 )
 from thanos_deploy.model.checkpoint import Checkpoint
 
-# The sizes of models that people publish figures of; GPT-J has the layout of a GPT-NeoX block.
+# Configurations of the models in the figures; a GPT-J block has the layout of a GPT-NeoX block.
 LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}
 MODELS: dict[str, dict[str, object]] = {
     "LLaMA-7B": LLAMA
@@ -101,11 +101,11 @@ LMDEPLOY = "lmdeploy docs/en/benchmark/a100_fp16.md"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A forecast: of seconds, of tokens a second, or of a ratio of speeds.
+    """A forecast of seconds, of tokens per second, or of a ratio of speeds.
 
     Attributes:
-        likely: the figure to compare.
-        best: the same for the best 2:4 kernels imaginable.
+        likely: the forecast to compare with the published figure.
+        best: the forecast for ideal 2:4 kernels.
     """
 
     likely: float
@@ -117,12 +117,12 @@ class Figure:
     """A published figure.
 
     Attributes:
-        what: it is of.
-        source: who says so.
-        published: the figure, in its unit.
+        what: what was measured.
+        source: where the figure was published.
+        published: the figure, in `unit`.
         unit: "ms", "tok/s" or "x".
-        predict: the same by the forecast.
-        fit: the constants are fitted to it.
+        predict: returns the forecast of the figure, in `unit`, for given constants.
+        fit: whether the constants are fitted to this figure.
     """
 
     what: str
@@ -135,21 +135,24 @@ class Figure:
 
 @cache
 def sizes(model: str) -> Architecture:
-    """The sizes of a model of the table."""
+    """Return the architecture of one of `MODELS`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
         return architecture(Checkpoint.outline(Path(folder)))
 
 
 def total(layers: tuple[Layer, ...]) -> Prediction:
-    """Seconds of a pass."""
+    """Return the seconds of a forward pass: the sum over its layers."""
     return Prediction(sum(one.likely for one in layers), sum(one.best for one in layers))
 
 
 def time_of(
     model: str, gpu: str, dtype: str, batch: int, prompt: int, new: int, *, sparse: bool = False
 ) -> Callable[[Efficiency], Prediction]:
-    """Seconds until `new` tokens are there after a prompt; no new ones: a token at that past."""
+    """Return a forecast of the seconds to read a prompt and generate `new` tokens.
+
+    With `new` = 0 it is the time of one decode step after a past of `prompt` tokens.
+    """
 
     def predict(efficiency: Efficiency) -> Prediction:
         setting = Setting(find(gpu), dtype, efficiency=efficiency)
@@ -166,7 +169,7 @@ def time_of(
 
 
 def milliseconds(predict: Callable[[Efficiency], Prediction]) -> Callable[[Efficiency], Prediction]:
-    """The same in ms."""
+    """Convert a forecast from seconds to milliseconds."""
     return lambda efficiency: Prediction(
         predict(efficiency).likely * 1e3, predict(efficiency).best * 1e3
     )
@@ -175,7 +178,7 @@ def milliseconds(predict: Callable[[Efficiency], Prediction]) -> Callable[[Effic
 def throughput(
     model: str, gpu: str, dtype: str, batch: int, prompt: int, new: int
 ) -> Callable[[Efficiency], Prediction]:
-    """Generated tokens a second, all sequences together."""
+    """Return a forecast of generated tokens per second, over all sequences of the batch."""
     predict = time_of(model, gpu, dtype, batch, prompt, new)
     tokens = batch * max(new, 1)
     return lambda efficiency: Prediction(
@@ -186,7 +189,7 @@ def throughput(
 def gain(
     slow: Callable[[Efficiency], Prediction], fast: Callable[[Efficiency], Prediction]
 ) -> Callable[[Efficiency], Prediction]:
-    """How many times faster."""
+    """Return a forecast of the speed-up of `fast` over `slow`."""
 
     def predict(efficiency: Efficiency) -> Prediction:
         dense, other = slow(efficiency).likely, fast(efficiency)
@@ -198,7 +201,7 @@ def gain(
 def sparse_gain(
     model: str, gpu: str, dtype: str, batch: int, prompt: int, new: int
 ) -> Callable[[Efficiency], Prediction]:
-    """How many times faster with 2:4."""
+    """Return a forecast of the speed-up of a model by 2:4 weights."""
     arguments = (model, gpu, dtype, batch, prompt, new)
     return gain(time_of(*arguments), time_of(*arguments, sparse=True))
 
@@ -206,7 +209,7 @@ def sparse_gain(
 def product_gain(
     gpu: str, dtype: str, m: int, n: int, k: int
 ) -> Callable[[Efficiency], Prediction]:
-    """How many times faster a product is with 2:4."""
+    """Return a forecast of the speed-up of one matrix product by 2:4 weights."""
 
     def predict(efficiency: Efficiency) -> Prediction:
         setting = Setting(find(gpu), dtype, efficiency=efficiency)
@@ -221,7 +224,7 @@ def product_gain(
 def first_token(
     model: str, gpu: str, dtype: str, prompt: int, published: float, *, fit: bool = False
 ) -> Figure:
-    """A row of TensorRT-LLM's table of latencies."""
+    """Return a figure from TensorRT-LLM's table of first-token latencies."""
     what = f"{model}, {gpu} {dtype}, batch 1: first token after {prompt}"
     predict = milliseconds(time_of(model, gpu, dtype, 1, prompt, 1))
     return Figure(what, TRT_LLM, published, "ms", predict, fit)
@@ -239,7 +242,7 @@ def tokens_a_second(
     published: float,
     fit: bool = False,
 ) -> Figure:
-    """A published throughput, beside ours; see `throughput`."""
+    """Return a published throughput together with its forecast; see `throughput`."""
     what = f"{model}, {gpu} {dtype}, batch {batch}, {prompt} + {new} tokens"
     predict = throughput(model, gpu, dtype, batch, prompt, new)
     return Figure(what, source, published, "tok/s", predict, fit)
@@ -386,7 +389,7 @@ FIGURES = (
 
 
 def solve(function: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a function that rises or falls all the way from `low` to `high`."""
+    """Find the root of a function that is monotonic between `low` and `high`, by bisection."""
     rises = function(high) > function(low)
     for _ in range(50):
         middle = (low + high) / 2
@@ -398,11 +401,12 @@ def solve(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def fit() -> Efficiency:
-    """The constants at which the figures marked "fit" are met.
+    """Fit the constants to the figures marked "fit".
 
-    Bandwidth and the cost of a kernel: both throughputs exactly. Compute in 16 bits: the A100's
-    first token exactly; in 8 bits: the L40S's and the H100's, the geometric mean of both answers.
-    The gain of sparse kernels: the geometric mean of the two measured.
+    Bandwidth and cost of a kernel meet both throughputs exactly. The 16-bit compute efficiency
+    meets the A100's first-token latency exactly. The 8-bit compute efficiency is the geometric mean
+    of the values that meet the L40S's and the H100's. The gain of sparse kernels is the geometric
+    mean of the two published gains.
     """
     prefills, decodes, products = FIGURES[:3], FIGURES[3:5], FIGURES[5:7]
 
@@ -414,7 +418,7 @@ def fit() -> Efficiency:
         return solve(off, low, high)
 
     found = FITTED
-    for _ in range(30):  # each constant from its own figures, in turns, until none moves
+    for _ in range(30):  # fit the constants in turns, until none changes
         found = dataclasses.replace(found, bandwidth=met(decodes[1], found, "bandwidth", 0.1, 2.0))
         found = dataclasses.replace(
             found, kernel_seconds=met(decodes[0], found, "kernel_seconds", 0.0, 1e-4)

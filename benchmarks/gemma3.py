@@ -1,7 +1,7 @@
-"""Where the second real model lies: Gemma 3 270M, in Q4_K_M, out of five PyPI wheels.
+"""Locate the second real model: Gemma 3 270M in Q4_K_M, from five PyPI wheels.
 
 `python -m benchmarks.gemma3` prints the path. Google's terms for Gemma apply to the model, which
-this project uses and does not ship. Nothing is ever chosen on it.
+this project uses and does not ship. No setting is ever chosen on this model.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ _WHEELS = " ".join([_WHEEL, *(f"{_WHEEL}-part{part}" for part in range(1, 5))])
 
 
 def gguf_path() -> Path:
-    """The file, which the wheels' own code joins and checks, in the cache.
+    """Return the path of the file in the cache; the wheels' own code joins and checks it.
 
     Raises:
         FileNotFoundError: a wheel is not installed.

@@ -1,8 +1,8 @@
-"""Measure when ORT-GenAI's own batching engine lets requests join.
+"""Show at which step ORT-GenAI's own batching engine admits new requests to a batch.
 
-`python -m benchmarks.genai_engine OUT`: OUT is a bundle with the target genai. Six requests for
-texts of different lengths, the last one sent when the others have three tokens; prints in which of
-the engine's runs each got its tokens. Then the same folder with an `engine` section in its
+`python -m benchmarks.genai_engine OUT`: OUT is a bundle with the target genai. Sends six requests
+for texts of different lengths, the last one after three runs of the engine, and prints in which
+runs each request got its tokens. Then loads the same folder with an `engine` section in its
 configuration that asks for dynamic batching.
 """
 
@@ -20,7 +20,7 @@ LATE = 8
 
 
 def static(folder: Path) -> None:
-    """The engine as it runs the folder of `export --target genai`."""
+    """Run the requests with the folder of `export --target genai` as it is."""
     engine = genai.Engine(genai.Model(str(folder)))
     capabilities = engine.get_capabilities()
     print(f"configured batch: {capabilities.configured_max_batch_size}")
@@ -54,7 +54,7 @@ def static(folder: Path) -> None:
 
 
 def dynamic(folder: Path) -> None:
-    """The same with dynamic batching."""
+    """Load a copy of the folder whose configuration asks for dynamic batching."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         copy = Path(place) / "genai"
         shutil.copytree(folder, copy)
@@ -70,7 +70,7 @@ def dynamic(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run both."""
+    """Run both engines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     folder = parser.parse_args().out / "genai"

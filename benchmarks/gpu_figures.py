@@ -1,9 +1,9 @@
-"""Bring what GPUs measured to its readers: docs/gpu.md, and the file that the package installs.
+"""Publish the GPU measurements in docs/gpu.md and in the file that the package installs.
 
 Usage: python -m benchmarks.gpu_figures
 
-Reads benchmarks/results/gpu/*.json and rewrites docs/gpu.md between its two markers, and
-thanos_deploy/gpu/figures.json. A test fails while they disagree.
+Reads benchmarks/results/gpu/*.json, and rewrites docs/gpu.md between its two markers and
+thanos_deploy/gpu/figures.json. A test fails if either is out of date.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,25 +26,25 @@ COMMAND = "python -m benchmarks.gpu_figures"
 
 
 def main() -> None:
-    """Rewrite both."""
+    """Rewrite the page and the installed file."""
     runs = gpu_records.read_all(RESULTS)
     pages.rewrite(PAGE, COMMAND, section(runs))
     SUMMARY.write_text(summary(runs), encoding="utf-8")
 
 
 def summary(runs: Sequence[Records]) -> str:
-    """What the package installs."""
+    """Return the content of the file that the package installs."""
     return gpu_figures.to_json([found for run in runs if (found := gpu_figures.figures(run))])
 
 
 def section(runs: Sequence[Records]) -> str:
-    """Every run in Markdown, or that there is none."""
+    """Return all runs in Markdown, or a sentence that nothing was measured."""
     parts = ["\n\n".join(_run(run, found)) for run in runs if (found := gpu_figures.figures(run))]
     return "\n\n".join(parts or [f"On a GPU: {NOT_MEASURED}."]) + "\n"
 
 
 def _run(run: Records, found: Figures) -> Iterator[str]:
-    """What was measured on, and a table for each kind of figure."""
+    """Yield the GPU and its software, and a table for each kind of figure."""
     card = run.card
     assert card is not None
     versions = ", ".join(
@@ -112,7 +112,7 @@ def _run(run: Records, found: Figures) -> Iterator[str]:
 
 
 def _memory(run: Records) -> list[tuple[str, str, str]]:
-    """The most memory that each model took in any of its passes."""
+    """Return the peak memory of each model and engine over all passes."""
     most: dict[tuple[str, str], int] = {}
     for row in run.of(ModelRow):
         if row.memory_bytes is not None:

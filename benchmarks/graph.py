@@ -2,10 +2,11 @@
 
 Usage: python -m benchmarks.graph [--rounds N] [--prompt N] NAME=FOLDER...
 
-FOLDER holds model.onnx. For each: the nodes of the file, those that ONNX Runtime runs after its own
-fusions, and the least processor time of a prefill of --prompt tokens (128) and of a decode step
-after as many tokens; the models take turns. A busy machine disturbs the least processor time of one
-thread least. It is not a latency; for latencies see `benchmarks.shrinking`.
+FOLDER holds model.onnx. Prints for each graph the number of nodes in the file, the number that ONNX
+Runtime runs after its own fusions, and the minimum processor time of a prefill of --prompt tokens
+(128) and of a decode step after as many tokens. The models take turns. The minimum processor time
+of one thread is the figure that a busy machine disturbs least. It is not a latency; for latencies
+see `benchmarks.shrinking`.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from numpy.typing import NDArray
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.machine import environment
 
-# Passes of a round: decodes are short.
+# Number of passes per round; more for decode, whose passes are short.
 REPEATS = {"prefill": 1, "decode": 8}
 
 
 def main() -> None:
-    """Count, time and print; one line of JSON at the end."""
+    """Count and time the graphs, and print the results; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("graphs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--rounds", type=int, default=10)
@@ -60,14 +61,14 @@ def main() -> None:
 
 
 def count(path: Path) -> int:
-    """Nodes in a file, without constants."""
+    """Return the number of nodes in a file, without constants."""
     graph = onnx.load(path, load_external_data=False).graph
     kinds = Counter(str(node.op_type) for node in graph.node)
     return kinds.total() - kinds["Constant"]
 
 
 def count_running(path: Path) -> int:
-    """Nodes that are left when ONNX Runtime has fused what it can."""
+    """Return the number of nodes that ONNX Runtime runs after its fusions."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -80,7 +81,7 @@ def count_running(path: Path) -> int:
 
 
 def open_session(path: Path) -> ort.InferenceSession:
-    """A session on one thread."""
+    """Open a session on one thread."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -88,7 +89,7 @@ def open_session(path: Path) -> ort.InferenceSession:
 
 
 def processor_time(session: ort.InferenceSession, kind: str, repeats: int, prompt: int) -> float:
-    """Mean processor seconds of a pass, after one that is not counted."""
+    """Return the mean processor seconds of a pass, after a warm-up pass."""
     sequence, past = (prompt, 0) if kind == "prefill" else (1, prompt)
     generator = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {

@@ -1,13 +1,14 @@
-"""Does it pay to remove channels of the residual stream instead of heads and feed-forward channels?
+"""Compare removing residual-stream channels with cutting heads and feed-forward channels.
 
 Usage: python -m benchmarks.hidden_channels --calib FILE --eval-text FILE [--hidden 504 432]
 
-One common set of channels leaves the whole network: embeddings, norms, and every linear layer that
-reads or writes the stream. The channels are scored over all blocks by the OBS price of losing
-them as inputs (see `thanos_deploy.solver.elimination`); every reader and writer is then refitted by
-least squares to what it makes in the dense model, and the last norm's scale channel by channel. The
-result is a stock LLaMA with a smaller `hidden_size`. Beside each stands a model of at most the same
-number of parameters, embeddings included, that `thanos-deploy prune --pattern structured:P` makes.
+One common set of channels is removed from the whole network: from embeddings, norms, and every
+linear layer that reads or writes the residual stream. The score of a channel is the OBS cost of
+losing it as an input (see `thanos_deploy.solver.elimination`), summed over all blocks. Every layer
+that reads or writes the stream is then refitted by least squares to its output in the dense model,
+and the scale of the last norm channel by channel. The result is a stock LLaMA with a smaller
+`hidden_size`. It is compared with a model of at most the same number of parameters, embeddings
+included, that `thanos-deploy prune --pattern structured:P` makes.
 """
 
 import argparse
@@ -77,35 +78,35 @@ def main() -> None:
 
 
 def row(name: str, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Print one line of the table, and return it."""
+    """Print one line of the table, and return it as a record."""
     value = perplexity(model, ids).value
     print(f"{name:40s} {parameters(model) / 1e6:7.1f} M parameters  perplexity {value:8.2f}")
     return {"model": name, "parameters": parameters(model), "perplexity": value}
 
 
 def parameters(model: nn.Module) -> int:
-    """All parameters, tied ones once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def blocks_of(checkpoint: Checkpoint, model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks."""
+    """Return the transformer blocks."""
     blocks = model.get_submodule(checkpoint.family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def start(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> list[LoadedInputs]:
-    """The calibration data before the first block."""
+    """Return the activations that enter the first block, in batches."""
     return block_inputs(model, checkpoint.family, torch.split(ids, BATCH))
 
 
 @torch.no_grad()
 def channel_prices(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """float64[hidden]: what losing each channel of the stream would cost all who read it.
+    """Return the cost of losing each channel of the residual stream, float64[hidden].
 
-    For each group of layers with the same input the OBS price of the channel, as a fraction of
-    the energy of what the group makes.
+    It is the sum, over all groups of layers that read the stream together, of the OBS cost of the
+    channel as a fraction of the energy of the group's output.
     """
     batches = start(checkpoint, model, ids)
     total = torch.zeros(checkpoint.config.hidden_size, dtype=torch.float64)
@@ -123,7 +124,7 @@ def channel_prices(checkpoint: Checkpoint, model: PreTrainedModel, ids: Tensor) 
 
 
 def reads_stream(group: tuple[str, ...]) -> bool:
-    """The layers read the (normed) stream rather than heads or channels."""
+    """Whether the layers read the (normalised) residual stream, not heads or channels."""
     return not group[0].endswith(("o_proj", "down_proj"))
 
 
@@ -131,13 +132,13 @@ def reads_stream(group: tuple[str, ...]) -> bool:
 def cut(
     checkpoint: Checkpoint, dense: PreTrainedModel, ids: Tensor, kept: Tensor
 ) -> PreTrainedModel:
-    """A stock model with some channels of the stream, refitted block by block.
+    """Return a stock model with some channels of the stream, refitted block by block.
 
     Args:
-        checkpoint: the dense model's.
-        dense: its weights.
-        ids: int64[count, length], calibration tokens.
-        kept: int64[hidden], the channels that stay.
+        checkpoint: checkpoint of the dense model.
+        dense: the dense model, loaded.
+        ids: calibration tokens, int64[count, length].
+        kept: channels to keep, int64[hidden].
     """
     entries = {"hidden_size": len(kept), "head_dim": checkpoint.head_size}
     config = type(checkpoint.config).from_dict({**checkpoint.config.to_dict(), **entries})
@@ -180,7 +181,7 @@ def refit_last_norm(
     paths: tuple[list[LoadedInputs], list[LoadedInputs]],
     kept: Tensor,
 ) -> None:
-    """Scale every channel before the output head to what it is in the dense model."""
+    """Fit the scale of each channel of the last norm to its output in the dense model."""
     norms = [model.base_model.get_submodule("norm") for model in (dense, small)]
     both = square = torch.zeros(len(kept))
     for batches in zip(*paths, strict=True):

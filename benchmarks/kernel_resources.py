@@ -3,11 +3,11 @@
 Usage: python -m benchmarks.kernel_resources [--architectures 80 90] [--dtype float16]
 
 Compiles every configuration of the Triton kernels, for the smallest and the largest block of
-tokens, and the kernels in CUDA C++ if nvcc is installed, and prints a line each; the last line is
-JSON. Bytes of stack are what was spilled. Of the longest loop it counts instructions, barriers and
-loads. For the Triton kernels it predicts what an H100 takes for a weight of 14336 x 4096, if it
-waits for the memory only, and if it waits for the loop's instructions to be issued only: the larger
-is the least time. The disassembler and the reader of cubins come with Triton.
+tokens, and the kernels in CUDA C++ if nvcc is installed. Prints one line for each; the last line is
+JSON. Bytes of stack are spilled registers. In the longest loop it counts instructions, barriers and
+loads. For the Triton kernels it predicts the time of an H100 for a weight of 14336 x 4096: once
+bound by memory alone, and once by issuing the loop's instructions alone. The larger of the two is a
+lower bound. The disassembler and the reader of cubins come with Triton.
 """
 
 import argparse
@@ -32,19 +32,19 @@ from thanos_deploy.forecast import datasheets
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# The smallest and the largest block of tokens that each is launched with.
+# The smallest and the largest block of tokens with which each kernel is launched.
 TOKENS = {
     decode: (1,),
     prefill: (prefill.LEAST_TOKENS_AT_ONCE, prefill.MOST_TOKENS_AT_ONCE),
 }
 
-# What a prediction is for: gate and up of Llama 3 8B, on an H100 with 132 processors that issue
-# four instructions of 32 lanes in a cycle, at the clock of its datasheet's base of FP32.
+# Predictions are for gate_proj and up_proj of Llama 3 8B, on an H100 with 132 multiprocessors that
+# issue four instructions of 32 lanes per cycle, at the clock behind the datasheet's FP32 figure.
 _OUTPUTS, _INPUTS = 14336, 4096
 _LANES_PER_SECOND = 132 * 128 * 1.755e9
 _BANDWIDTH = datasheets.find("H100").bandwidth
 
-# 2:4 in 16 bits.
+# Bytes of a packed group of four columns at 2:4, in 16 bits.
 _BYTES_PER_GROUP = 4.5
 
 _POINTERS = {"float16": "*fp16", "bfloat16": "*bf16"}
@@ -55,12 +55,12 @@ class Loop:
     """The longest loop of a kernel.
 
     Attributes:
-        instructions: of an iteration.
-        barriers: likewise; all threads of the block wait there.
-        loads: kinds of loads from memory and how many of each: LDG to registers, LDGSTS (cp.async)
-            to shared memory; .128 are of 16 bytes.
-        per_group: instructions of a thread for each group of four columns of one row of the weight,
-            for all tokens of the block; None where the block is not known.
+        instructions: number of instructions in an iteration.
+        barriers: number of barriers in an iteration; all threads of the block wait there.
+        loads: maps a kind of load from memory to its number: LDG loads to registers, LDGSTS
+            (cp.async) to shared memory; .128 means 16 bytes.
+        per_group: instructions of a thread per group of four columns of one row of the weight, for
+            all tokens of the block; None if the sizes of the block are not known.
     """
 
     instructions: int
@@ -71,11 +71,11 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The least time of one product, by two resources that every kernel needs.
+    """Lower bounds on the time of one product, from two resources that every kernel needs.
 
     Attributes:
-        memory_seconds: to read the packed weight, at the bandwidth of the datasheet.
-        issue_seconds: to issue the loop's instructions.
+        memory_seconds: time to read the packed weight, at the bandwidth of the datasheet.
+        issue_seconds: time to issue the loop's instructions.
     """
 
     memory_seconds: float
@@ -84,17 +84,17 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a compiled kernel takes.
+    """Resources that a compiled kernel uses.
 
     Attributes:
-        kernel: its name and what it was compiled with.
+        kernel: name of the kernel and the sizes that it was compiled for.
         architecture: compute capability, 80 for 8.0.
-        registers: of a thread.
-        stack_bytes: of a thread; spilled registers are there.
-        shared_bytes: of a block.
+        registers: registers per thread.
+        stack_bytes: stack per thread, which holds spilled registers.
+        shared_bytes: shared memory per block.
         tensor_instructions: kinds of tensor-core instructions in the machine code.
-        loop: the longest one.
-        prediction: of an H100; None where the loop's work is not known.
+        loop: the longest loop.
+        prediction: prediction for an H100; None if the work of the loop is not known.
     """
 
     kernel: str
@@ -108,7 +108,7 @@ class Resources:
 
 
 def main() -> None:
-    """Compile and print."""
+    """Compile the kernels and print their resources."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--dtype", choices=_POINTERS, default="float16")
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def line(found: Resources) -> str:
-    """What to print of a kernel."""
+    """Return the line to print for a kernel."""
     loop, predicted = found.loop, found.prediction
     times = (
         "        -          -         -"
@@ -165,7 +165,7 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
 
 
 def groups_per_thread(config: triton.Config) -> float:
-    """Groups of four columns of a row in a block's iteration, for each thread."""
+    """Return the groups of four columns of a row that a thread processes in one iteration."""
     sizes = config.kwargs
     words = sizes["BLOCK_U"] if "BLOCK_U" in sizes else 2 * sizes["BLOCK_P"]
     groups: float = 2 * words * sizes.get("BLOCK_N", decode.ROWS) / (32 * config.num_warps)
@@ -175,7 +175,7 @@ def groups_per_thread(config: triton.Config) -> float:
 def compile_triton(
     kernel: Any, config: triton.Config, block_m: int, architecture: int, dtype: str
 ) -> Any:
-    """Compile a Triton kernel for sizes that are multiples of 16, as real models have them."""
+    """Compile a Triton kernel for sizes that are multiples of 16, as those of real models are."""
     names = kernel.fn.arg_names
     constants = {"HAS_BIAS": True, **config.kwargs}
     if "BLOCK_M" in names:
@@ -220,13 +220,13 @@ def compile_cuda(cubin: Path, source: str, architecture: str) -> None:
 def inspect(
     kernel: str, architecture: int, cubin: bytes, dynamic_shared: int, groups: float | None = None
 ) -> Resources:
-    """Read a cubin; of several kernels in it, the most that any of them takes.
+    """Read the resources from a cubin; if it has several kernels, the maximum over them.
 
     Args:
-        kernel, architecture: what it is.
+        kernel, architecture: see `Resources`.
         cubin: machine code.
-        dynamic_shared: bytes that the launch adds.
-        groups: see `groups_per_thread`; None where nobody knows.
+        dynamic_shared: bytes of shared memory that the launch adds.
+        groups: see `groups_per_thread`; None if it is not known.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -259,7 +259,7 @@ def inspect(
 
 
 def disassemble(cubin: bytes) -> str:
-    """The machine code of all kernels in a cubin."""
+    """Disassemble all kernels in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -267,7 +267,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def longest_loop(code: str, groups: float | None) -> Loop:
-    """Of machine code, what lies between a label and the farthest branch back to it."""
+    """Find the longest loop in disassembled code: from a label to a branch back to it."""
     operations: list[str] = []
     labels: dict[str, int] = {}
     longest: Sequence[str] = ()
@@ -279,7 +279,7 @@ def longest_loop(code: str, groups: float | None) -> Loop:
             target = re.search(r"\.L_x_\d+", found[2])
             if found[1].startswith("BRA") and target and target[0] in labels:
                 loop = operations[labels[target[0]] :]
-                # The branch to itself behind the end of a kernel is no loop.
+                # The branch to itself after the end of a kernel has length 1.
                 longest = max(longest, loop, key=len)
     loads = Counter(each for each in longest if each.startswith("LDG") and each != "LDGDEPBAR")
     return Loop(

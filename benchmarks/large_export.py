@@ -1,7 +1,7 @@
-"""Peak memory of exporting a model whose graph is larger than the 2 GB that protobuf allows.
+"""Measure peak memory of exporting a model that is larger than the 2 GB that protobuf allows.
 
 `python -m benchmarks.large_export FOLDER` writes a random LLaMA of 582 million parameters to FOLDER
-(4.7 GB are needed there), exports it in a process of its own, and prints sizes, time and memory.
+(which needs 4.7 GB), exports it in a process of its own, and prints sizes, time and memory.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ print(max(case["logits_error"] for case in record["parity"]), peak_memory_bytes(
 
 
 def main(folder: Path) -> None:
-    """Make the model, export it, print."""
+    """Make the model, export it, and print the measurements."""
     model, out = folder / "model", folder / "onnx"
     out.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(

@@ -3,10 +3,11 @@
 Usage: python -m benchmarks.layer_cost [--widths 512 1024 2048 4096] [--pattern 2:4]
            [-o benchmarks/results/layer_cost]
 
-The layer has as many outputs as inputs, correlated random inputs, and the settings of `--preset
-best`. Each layer is pruned in a process of its own, so that its peak memory is its own. The
-exponent is the slope of log time over log width; those of the last doubling are printed as well,
-since the constant costs dominate in small layers. Writes OUT.json and OUT.svg.
+The layer has as many outputs as inputs, and correlated random activations. The settings are those
+of `--preset best`. Each layer is pruned in a process of its own, because peak memory is counted per
+process. The exponent is the slope of log time over log width. The exponent between the last two
+widths is printed as well, because constant costs dominate in small layers. Writes OUT.json and
+OUT.svg.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from thanos_deploy.solver.layer import LayerProblem
 
 
 def main() -> None:
-    """Measure, print, draw."""
+    """Measure all methods and widths, print the results, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--pattern", type=pattern.parse, default="2:4")
@@ -38,7 +39,7 @@ def main() -> None:
     records = []
     for name in methods.names():
         for width in sorted(arguments.widths):
-            # A fresh interpreter: a forked one would begin with its parent's memory.
+            # "spawn", because a forked process would start with its parent's memory.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 record = pool.apply(measure, (name, width, str(arguments.pattern)))
             records.append(record)
@@ -65,14 +66,14 @@ def main() -> None:
 
 
 def measure(name: str, width: int, spelled: str) -> Json:
-    """Prune one layer; the memory is what the process held more than before."""
+    """Prune one layer; its memory is the growth of the process up to the peak."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(width, width, generator=generator) / math.sqrt(width)
     problem = LayerProblem(weight, torch.zeros(width, width), f"{width} inputs")
     few = width // 8
     mix = torch.randn(few, width, generator=generator) / math.sqrt(few)
-    for _ in range(16):  # few tokens at a time, so that the method is what needs most memory
-        # Some directions and noise, as activations have.
+    for _ in range(16):  # few tokens at a time, so that the method determines the peak memory
+        # A few directions and noise, as in activations.
         x = torch.randn(few, few, generator=generator) @ mix
         x += 0.3 * torch.randn(few, width, generator=generator)
         problem.hessian.addmm_(x.T, x)
@@ -90,7 +91,7 @@ def measure(name: str, width: int, spelled: str) -> Json:
 
 
 def slope(records: list[Json]) -> tuple[float, float]:
-    """The exponent over all widths, by least squares, and over the last two."""
+    """Return the exponent over all widths, by least squares, and over the last two."""
     points = [(math.log(r["width"]), math.log(r["processor_seconds"])) for r in records]
     return tuple(  # type: ignore[return-value]  # two of them
         statistics.linear_regression(*zip(*some, strict=True)).slope
@@ -99,7 +100,7 @@ def slope(records: list[Json]) -> tuple[float, float]:
 
 
 def draw(records: list[Json], slopes: dict[str, tuple[float, float]]) -> Figure:
-    """Processor time and memory over width, both logarithmic, with a line for width^3."""
+    """Plot processor time and memory over width on logarithmic axes, with a line for width^3."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     for name, (whole, _) in slopes.items():

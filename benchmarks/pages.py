@@ -1,10 +1,10 @@
-"""Sections of pages that commands write."""
+"""Sections of documentation pages that are written by commands."""
 
 from pathlib import Path
 
 
 def marks(command: str) -> tuple[str, str]:
-    """The lines before and after a section; the first says how to write the section again."""
+    """Return the marker lines around a section; they name the command that writes it."""
     return (
         f"<!-- begin: written by `{command}`, not by hand -->\n",
         f"<!-- end: `{command}` -->\n",
@@ -12,15 +12,15 @@ def marks(command: str) -> tuple[str, str]:
 
 
 def rewritten(page: str, command: str, section: str) -> str:
-    """A page with another section between the marks of a command.
+    """Return a page with a new section between the markers of a command.
 
     Args:
-        page: Markdown.
-        command: which one writes the section.
-        section: Markdown that ends with the end of a line.
+        page: the page in Markdown.
+        command: the command that writes the section.
+        section: the new section in Markdown, with a newline at the end.
 
     Raises:
-        ValueError: the page has not both of the marks, once and in their order.
+        ValueError: a marker does not occur exactly once, or the end marker comes first.
     """
     begin, end = marks(command)
     head, rest = _split(page, begin)
@@ -29,13 +29,13 @@ def rewritten(page: str, command: str, section: str) -> str:
 
 
 def rewrite(path: Path, command: str, section: str) -> None:
-    """Write another section into a page; see `rewritten`."""
+    """Replace a section in the page at a path; see `rewritten`."""
     page = path.read_text(encoding="utf-8")
     path.write_text(rewritten(page, command, section), encoding="utf-8")
 
 
 def _split(text: str, mark: str) -> tuple[str, str]:
-    """What is before and behind a mark."""
+    """Return the text before and after a marker."""
     parts = text.split(mark)
     if len(parts) != 2:
         raise ValueError(f"{mark.strip()} is there {len(parts) - 1} times, not once")

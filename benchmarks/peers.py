@@ -1,7 +1,8 @@
-"""The servers that are compared: ours, `transformers serve`, and `vllm serve`.
+"""Run the servers that are compared: ours, `transformers serve`, and `vllm serve`.
 
-All of them are started and asked once, and then take turns; those whose turn it is not are stopped
-(SIGSTOP). Everybody gets the same prompts and writes greedily as many tokens, whatever they are.
+All servers are started and answer one request, and then take turns; all but one are stopped with
+SIGSTOP. Every server gets the same prompts and greedily generates the same number of tokens; an end
+of sequence does not stop it.
 """
 
 import json
@@ -21,7 +22,7 @@ from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.machine import stillness
 
-# Of transformers' paged cache; the default would take 60 % of the machine's memory.
+# Tokens per block of transformers' paged KV cache, whose default size is 60 % of the memory.
 _BLOCK = 32
 
 _OURS = "model"
@@ -30,14 +31,14 @@ _OWN_GREEDY: Json = {"temperature": 0, "ignore_eos": True}
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of every server.
+    """The requests that every server gets.
 
     Attributes:
-        prompt: tokens of a prompt.
-        new_tokens: tokens of an answer.
-        clients: how many at once, one closed loop after the other.
-        per_client: requests of each client, but never fewer than `least` in all.
-        least: see there.
+        prompt: number of tokens in a prompt.
+        new_tokens: number of tokens in an answer.
+        clients: number of concurrent clients, of one closed loop after the other.
+        per_client: requests of each client in a closed loop.
+        least: least number of requests in a closed loop.
     """
 
     prompt: int
@@ -47,21 +48,21 @@ class Load:
     least: int
 
     def requests(self, clients: int) -> int:
-        """Of a closed loop."""
+        """Return the number of requests in a closed loop."""
         return max(self.least, self.per_client * clients)
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A way to serve a model.
+    """A server of a model: how to start it, and what requests to it need.
 
     Attributes:
-        command: of a server that listens on 127.0.0.1.
-        port: where.
-        model: what it calls the model.
-        tokenizer: the folder with the model's tokenizer.
-        greedy: the part of a request that makes it write all tokens, the likeliest each time.
-        variables: of its environment, beside those that are there.
+        command: command of a server that listens on 127.0.0.1.
+        port: port that the server listens on.
+        model: name of the model on this server.
+        tokenizer: folder with the model's tokenizer.
+        greedy: fields of a request that ask for greedy decoding of the full number of tokens.
+        variables: environment variables, in addition to those of this process.
     """
 
     command: Sequence[object]
@@ -74,19 +75,19 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A peer that runs."""
+    """A peer whose server is running."""
 
     peer: Peer
     server: Server
 
     def answer(self, prompt: str, new_tokens: int) -> Generator[str, None, None]:
-        """The events of one answer."""
+        """Yield the events of one streamed answer."""
         asked = {"model": self.peer.model, "prompt": prompt, "max_tokens": new_tokens}
         return stream(self.server.url, "/v1/completions", {**asked, **self.peer.greedy})
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """It is this one's turn."""
+        """Let the server run inside the block, and stop it afterwards."""
         self.server.thaw()
         try:
             yield
@@ -95,14 +96,14 @@ class Subject:
 
 
 def thanos(bundle: Path, *, slots: int, queue: int) -> Peer:
-    """`thanos-deploy serve`, of a bundle with the target onnx."""
+    """Return `thanos-deploy serve` for a bundle with the target onnx."""
     port = free_port()
     command = serve(bundle, port=port, name=_OURS, slots=slots, queue=queue)
     return Peer(command, port, _OURS, bundle / "model", _OWN_GREEDY)
 
 
 def transformers(folder: Path, *options: object) -> Peer:
-    """`transformers serve`, of a checkpoint, with the tokenizer that is there."""
+    """Return `transformers serve` for a checkpoint that has a tokenizer."""
     port = free_port()
     command = [
         *(Path(sys.executable).with_name("transformers"), "serve", folder),
@@ -113,7 +114,7 @@ def transformers(folder: Path, *options: object) -> Peer:
 
 
 def batching(load: Load) -> list[object]:
-    """Options of `transformers serve` for its continuous batching."""
+    """Return options of `transformers serve` for its continuous batching."""
     blocks = max(load.clients) * math.ceil((load.prompt + load.new_tokens) / _BLOCK)
     return [
         *("--continuous-batching", "--cb-block-size", _BLOCK, "--cb-num-blocks", 2 * blocks),
@@ -122,18 +123,19 @@ def batching(load: Load) -> list[object]:
 
 
 def vllm(folder: Path, environment: Path, load: Load, *, dtype: str, threads: int | None) -> Peer:
-    """`vllm serve` on the CPU, of a folder for vLLM or a checkpoint.
+    """Return `vllm serve` on the CPU, for a folder made for vLLM or a checkpoint.
 
     Args:
-        folder: what it serves.
-        environment: with vLLM, such as `make test-vllm` installs.
-        load: what it is to be ready for.
-        dtype: of weights, activations and cache.
-        threads: that compute, on any core; None for vLLM's own choice, which is one on each core
-            but one: that is left to its scheduler, which does not sleep.
+        folder: folder to serve.
+        environment: virtual environment with vLLM, such as `make test-vllm` installs.
+        load: requests that the server has to hold.
+        dtype: dtype of weights, activations and KV cache.
+        threads: number of threads that compute, on any core; None for vLLM's own choice, which is
+            one thread on every core except one. That core is left to its scheduler, which never
+            sleeps.
 
     Raises:
-        FileNotFoundError: there is no vLLM.
+        FileNotFoundError: vLLM is not in the environment.
     """
     command = environment / "bin" / "vllm"
     if not command.exists():
@@ -142,7 +144,7 @@ def vllm(folder: Path, environment: Path, load: Load, *, dtype: str, threads: in
     return Peer(
         command=[
             *(command, "serve", folder, "--served-model-name", _OURS, "--dtype", dtype),
-            # A prompt may become a few tokens more when the server cuts it again.
+            # A prompt may have a few more tokens when the server tokenises it again.
             *("--max-model-len", 2 * (load.prompt + load.new_tokens)),
             *("--max-num-seqs", max(load.clients)),
             *("--host", "127.0.0.1", "--port", port),
@@ -153,7 +155,7 @@ def vllm(folder: Path, environment: Path, load: Load, *, dtype: str, threads: in
         greedy=_OWN_GREEDY,
         variables={
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, taken whole at the start
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, all allocated at the start
             **(
                 {}
                 if threads is None
@@ -167,13 +169,15 @@ def vllm(folder: Path, environment: Path, load: Load, *, dtype: str, threads: in
 def started(
     peers: Mapping[str, Peer], work: Path, load: Load, prompt: str
 ) -> Iterator[dict[str, Subject]]:
-    """All peers, asked once and then stopped where they are; they end with the block.
+    """Start all peers, let each answer one request, and stop them until their turns.
+
+    The servers end with the block.
 
     Args:
-        peers: by name.
-        work: a folder for their logs.
-        load: of which each writes one answer.
-        prompt: to begin with.
+        peers: the peers by name.
+        work: folder for their logs.
+        load: gives the length of that answer.
+        prompt: prompt of that request.
     """
     with ExitStack() as stack:
         subjects = {}
@@ -190,14 +194,14 @@ def started(
 
 
 def texts(bundle: Path, *, count: int, tokens: int) -> list[str]:
-    """Different prompts of about so many tokens."""
+    """Return different prompts of about `tokens` tokens each."""
     tokenizer = open_tokenizer(bundle)
     ids = tokenizer.encode(builtin_text(held_out=True).content)
     return [tokenizer.decode(ids[n * tokens : (n + 1) * tokens]) for n in range(count)]
 
 
 def reading(subjects: Iterable[Subject]) -> stillness.Reading:
-    """The machine's counters, what is measured being everything that was started here."""
+    """Read the machine's counters; this process and all servers count as measured processes."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = time.process_time() + ended.ru_utime + ended.ru_stime
     return stillness.read(own + sum(subject.server.cpu_seconds for subject in subjects))
@@ -207,5 +211,5 @@ _BEGUN = time.monotonic()
 
 
 def say(what: str) -> None:
-    """Progress, on standard error, with the seconds since the beginning."""
+    """Print progress to standard error, with the seconds since this module was imported."""
     print(f"{time.monotonic() - _BEGUN:4.0f} s  {what}", file=sys.stderr, flush=True)

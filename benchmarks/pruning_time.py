@@ -1,19 +1,20 @@
-"""Measure the time (in units) and memory of each preset of pruning, and where the time goes.
+"""Measure the time (in units) and memory of each pruning preset, and where the time goes.
 
 Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstructured:0.5 ...]
            [--preset fast best ...] [--blocks N] [--calib-forward auto]
 
-A unit is two bare float32 passes of 16384 tokens through the blocks. It is counted in processor
-time, which other work on the machine changes less than the time of the clock.
+A unit is the processor time of two plain float32 forward passes of 16384 tokens through the blocks
+of the dense model. Other work on the machine changes processor time less than wall-clock time.
 
-Every preset prunes to every pattern in a process of its own, whose peak memory is printed. One line
-a block: the forward pass that collects statistics, the solver, tuning, the forward pass through the
-pruned block, the journal; then their sums; at the end a table of all. JSON lines follow.
+Each preset prunes to each pattern in a process of its own, whose peak memory is recorded. One line
+per block gives the seconds of the forward pass that collects statistics, of the solver, of tuning,
+of the forward pass through the pruned block, and of the journal. Their sums follow. At the end come
+a table of all runs and one JSON line for each run.
 
-With `--blocks N` only the first N blocks of the model are pruned, and the bare passes go through
-those: the blocks of most models are alike, so units are about those of the whole. The preset "max",
-which trains the remaining weights, can be measured only on the whole model, because the training
-also runs the output head.
+With `--blocks N` only the first N blocks of the model are pruned, and a unit is measured on these
+blocks alone. The blocks of most models are alike, so the number of units is about that of the whole
+model. The preset "max" trains the remaining weights and runs the output head for that, so it can be
+measured only on the whole model.
 """
 
 import argparse
@@ -62,12 +63,12 @@ UNIT_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a process measures.
+    """One pruning run, which a process of its own measures.
 
     Attributes:
-        folder: of the dense model.
-        preset, pattern: what is asked for.
-        given: other options of `prune`.
+        folder: folder of the dense model.
+        preset, pattern: preset and pattern to prune with.
+        given: further options of `prune`, by keyword.
     """
 
     folder: Path
@@ -77,7 +78,7 @@ class Run:
 
 
 def main() -> None:
-    """Prune by every preset to every pattern, and print what it cost."""
+    """Prune with every preset to every pattern, and print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
     parser.add_argument(
@@ -108,7 +109,7 @@ def main() -> None:
         for preset in arguments.preset:
             for chosen in arguments.pattern:
                 run = Run(folder, preset, chosen, given)
-                with spawn.Pool(1) as pool:  # a process for each, as the most memory is a process's
+                with spawn.Pool(1) as pool:  # peak memory is counted per process
                     records.append(pool.apply(measure, (run, torch.get_num_threads())))
     print(render(records))
     for record in records:
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def first_blocks(checkpoint: Checkpoint, folder: Path, count: int) -> None:
-    """Write the model of the first blocks of another one."""
+    """Write a model that consists of the first blocks of another model."""
     copy_companions(checkpoint.folder, folder, None)
     config = json.loads((folder / "config.json").read_bytes())
     write_json(folder / "config.json", {**config, "num_hidden_layers": count})
@@ -128,7 +129,7 @@ def first_blocks(checkpoint: Checkpoint, folder: Path, count: int) -> None:
 
 
 def measure(run: Run, threads: int) -> Json:
-    """Prune once, print where the time went, and take the measure of a unit beside it."""
+    """Prune once, print the seconds by activity, measure a unit, and return the record."""
     torch.set_num_threads(threads)
     _progress.quiet_libraries()
     checkpoint = Checkpoint.open(run.folder)
@@ -169,7 +170,7 @@ def measure(run: Run, threads: int) -> Json:
 def prune(
     checkpoint: Checkpoint, request: PruneRequest, taken: Calibration, folder: Path
 ) -> list[Mapping[str, float]]:
-    """Prune as the stage does, journal included; seconds by activity, of each block."""
+    """Prune as the stage does, with a journal; return the seconds by activity for each block."""
     out, ids, further = folder / "model", taken.ids, taken.further
     out.mkdir()
     match request.how:
@@ -190,7 +191,7 @@ def prune(
 
 
 def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> float:
-    """Processor seconds of the tokens' way through the blocks of the dense model, twice."""
+    """Return the processor seconds of two forward passes through the dense model's blocks."""
     model = load_model(checkpoint.folder)
     batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
     processor = time.process_time()
@@ -201,7 +202,7 @@ def two_forward_passes(checkpoint: Checkpoint, ids: torch.Tensor) -> float:
 
 
 def render(records: list[Json]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = ["| preset | pattern | units | processor s | unit, processor s | most memory, MB |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     lines += [

@@ -1,13 +1,13 @@
-"""Perplexity of quantised models: rounded, with error compensation, tuned, and trained.
+"""Measure perplexity of quantised models: rounded, error-compensated, tuned, and trained.
 
 Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt -o RESULTS
 
-Takes SmolLM2-135M-Instruct as it is, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
-quantises the linear layers of its blocks to every grid of the table. The ways: "rounded";
-"compensated"; "tuned", compensated and then blocks tuned as the preset best does; "trained",
-compensated and then the scales trained with the dense model as the teacher; and "both", blocks
-tuned and then scales trained. The first segments of both texts are taken, without a seed, so that
-others can take the same.
+Takes SmolLM2-135M-Instruct dense, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
+quantises the linear layers of its blocks to every grid of the table, in five ways: "rounded";
+"compensated", with error compensation; "tuned", compensated and then with blocks tuned as in the
+preset best; "trained", compensated and then with scales trained, with the dense model as the
+teacher; and "both", with blocks tuned and then scales trained. The first segments of both texts are
+used, without a seed, so that others can use the same ones.
 
 Writes RESULTS/quantisation.json after every row, and prints a table. Rows in that file are not
 measured again: repeating the command continues after the last block that was quantised. It
@@ -63,19 +63,20 @@ WAYS = ("rounded", "compensated", "tuned", "trained", "both")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model.
+    """One quantised model.
 
     Attributes:
-        pattern: what was pruned before.
-        grid: what it was quantised to; "none" for not at all.
+        pattern: pattern that was pruned to before; "dense" for none.
+        grid: grid of the quantised weights; "none" for no quantisation.
         way: one of `WAYS`, or "none".
-        perplexity: on the text to judge on.
-        seconds: of the walk that quantised it; if it was cut off, since it went on.
-        layer_error: the median over the layers, of the calibration text; None where it was not
-            looked at.
-        block_error_before, block_error: see `TunedBlocks`; None where blocks were not tuned.
-        trained_on: tokens that the scales learned from; 0 for none.
-        training_seconds: what that took.
+        perplexity: perplexity on the evaluation text.
+        seconds: time of the walk that quantised the model; after an interruption, only of its
+            continuation.
+        layer_error: median relative error of the layers on the calibration text; None if it was
+            not measured.
+        block_error_before, block_error: see `TunedBlocks`; None if blocks were not tuned.
+        trained_on: number of tokens that the scales were trained on; 0 for none.
+        training_seconds: time of that training.
     """
 
     pattern: str
@@ -91,7 +92,7 @@ class Row:
 
 
 class Bench:
-    """The texts, and the rows that are there."""
+    """The texts, and the rows measured so far."""
 
     def __init__(self, arguments: argparse.Namespace, source: Checkpoint) -> None:
         tokenizer = load_tokenizer(source.folder)
@@ -115,14 +116,14 @@ class Bench:
         )
 
     def missing(self, pattern: str) -> list[tuple[str, str]]:
-        """Grids and ways that were not measured yet."""
+        """Return the grids and ways of a pattern that are not measured yet."""
         wanted = [("none", "none")]
         wanted += [(grid, way) for grid in self.grids for way in self.ways]
         there = {(row.grid, row.way) for row in self.rows if row.pattern == pattern}
         return [one for one in wanted if one not in there]
 
     def add(self, row: Row) -> None:
-        """Keep a row and tell of it."""
+        """Add a row, write all rows to the file, and print it."""
         self.rows.append(row)
         document = {
             "calibration": list(self.calib.shape),
@@ -134,7 +135,7 @@ class Bench:
         print(f"{row.pattern:15} {row.grid:14} {row.way:12} {row.perplexity:9.3f}", flush=True)
 
     def prune(self, pattern: str, folder: Path) -> Checkpoint:
-        """The model, pruned."""
+        """Prune the model into a folder; "dense" returns it as it is."""
         if pattern == "dense":
             return self.source
         folder.mkdir()
@@ -150,7 +151,7 @@ class Bench:
         return Checkpoint.open(folder)
 
     def measure(self, pattern: str, model: Checkpoint, grid: str, way: str) -> Row:
-        """The perplexity of a model that is quantised so."""
+        """Quantise a model to a grid in one of the ways, and measure its perplexity."""
         if way in ("none", "rounded"):
             loaded = load_model(model.folder)
             for name in model.linears if way == "rounded" else ():
@@ -203,11 +204,11 @@ class Bench:
         )
 
     def judged(self, model: PreTrainedModel) -> float:
-        """The perplexity of a model."""
+        """Return the perplexity of a model."""
         return perplexity(model, self.judge, frame=self.frame).value
 
     def owner(self, tuned: bool) -> Json:
-        """What a quantised model depends on, beside what its journal is called."""
+        """Return what a quantised model depends on, beyond what the name of its journal says."""
         ids = self.calib.tolist() + (self.further.tolist() if tuned else [])
         hashed = files.sha256_of({"ids": ids})
         return {"ids": hashed, "libraries": dict(environment.describe().libraries)}
@@ -215,7 +216,7 @@ class Bench:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure what is missing, and print the table."""
+    """Measure the rows that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     texts.add_options(parser)
     parser.add_argument("--calib-segments", type=int, default=32)
@@ -238,7 +239,7 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line for each grid, and for each pattern every way beside the unquantised."""
+    """Return a table with a row per grid and a column per pattern and way, in Markdown."""
     known = {(row.pattern, row.grid, row.way): row.perplexity for row in rows}
     patterns = [one for one in PATTERNS if (one, "none", "none") in known]
     lines = [

@@ -1,10 +1,10 @@
-"""Measure the choices of the solver that quantises layers, layer by layer, on other text.
+"""Measure settings of the solver that quantises layers, layer by layer, on a second text.
 
 Usage: python -m benchmarks.quantised_layers --calib CALIB.txt --eval-text TEXT.txt
 
-Quantises the linear layers of some blocks of SmolLM2-135M-Instruct, each by itself, with the inputs
-that the model has on the first text. Prints the fraction of the energy of the output that is lost,
-its geometric mean over the layers: on the first text, and on the second one, which counts.
+Quantises the linear layers of some blocks of SmolLM2-135M-Instruct, each by itself, with the
+activations of the dense model on the first text. Prints the fraction of the output's energy that is
+lost, as the geometric mean over the layers, on the first text and on the second, which counts.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from thanos_deploy.stages.dense import Dense
 _FRACTIONS = (0.01, 0.05, 0.15, 0.5)
 _TRIED = (0, 1, 3, 6)
 
-# By name of a layer: its weight, and the Hessian of its input.
+# Maps the name of a layer to its weight and the Hessian of its input.
 Layers = dict[str, tuple[Tensor, Tensor]]
 
 
 def layers_of(source: Checkpoint, segments: Tensor, blocks: Sequence[int]) -> Layers:
-    """The layers of some blocks, with what a text puts into them."""
+    """Return the layers of some blocks, with the Hessians of their inputs on a text."""
     found: Layers = {}
     for visit in visits(source, segments):
         if visit.index in blocks:
@@ -55,7 +55,7 @@ def layers_of(source: Checkpoint, segments: Tensor, blocks: Sequence[int]) -> La
 
 
 def judge(name: str, seen: Layers, other: Layers, weights: dict[str, Tensor]) -> None:
-    """Print what is lost on both texts."""
+    """Print the mean relative error of quantised weights on both texts."""
     means = [
         math.exp(
             fmean(
@@ -69,7 +69,7 @@ def judge(name: str, seen: Layers, other: Layers, weights: dict[str, Tensor]) ->
 
 
 def quantised(layers: Layers, grid: Grid, damping: Damping, passes: int) -> dict[str, Tensor]:
-    """The weights."""
+    """Return the quantised weights of all layers, by name."""
     return {
         name: quantise(
             LayerProblem(weight, hessian, name), grid, damping, passes=passes
@@ -80,7 +80,7 @@ def quantised(layers: Layers, grid: Grid, damping: Damping, passes: int) -> dict
 
 @torch.no_grad()
 def main() -> None:
-    """Print a row for each choice."""
+    """Print a row for each setting."""
     parser = argparse.ArgumentParser(description=__doc__)
     texts.add_options(parser)
     parser.add_argument("--calib-segments", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Measure how much training the remaining weights improves each pattern, by minutes and tokens.
+"""Measure how training the remaining weights improves each pattern, by tokens and minutes.
 
 Usage: python -m benchmarks.recovery --calib CALIB --recover-text TRAIN --held-out HELD_OUT
            --eval-text TEXT [--patterns 2:4 unstructured:0.5 structured:0.2] [--segments 64 740]
@@ -6,17 +6,17 @@ Usage: python -m benchmarks.recovery --calib CALIB --recover-text TRAIN --held-o
            [--models DIR]
 
 Prunes SmolLM2-135M to each pattern with a preset, and trains the remaining weights on each number
-of segments of 512 tokens, each time from the pruned model, as `thanos-deploy prune --recover` does,
-and with updates of each rank (`--recover-rank`), 0 for the weights themselves. The model is judged
-before, after, and at the fractions of the training that `--looks` names. There the learning rate is
-still high, so a shorter training gives a better model than such a look.
+of segments of 512 tokens, as `thanos-deploy prune --recover` does, and with updates of each rank
+(`--recover-rank`; 0 trains the weights themselves). Every training starts from the pruned model.
+The model is evaluated before, after, and at the fractions of the training that `--looks` names. At
+those the learning rate is still high, so a shorter training gives a better model than such a look.
 
-Each is judged on two texts: one of the kind that is trained on, held out, for choices; and one on
-which nothing is chosen. Minutes are of the training alone, by the clock and of the processor: on a
-machine that is shared only the latter can be compared.
+The perplexity is measured on two texts: a held-out text of the same kind as the training text, for
+choices, and a text on which nothing is chosen. Minutes are of the training alone, in wall-clock and
+processor time. On a shared machine only processor time can be compared.
 
-Writes OUT.json after every look and OUT.svg. Repeating the command continues: a training that is
-finished is not repeated, one that was interrupted begins anew. `--models DIR` keeps the pruned
+Writes OUT.json after every look, and OUT.svg. Repeating the command continues: a training that is
+finished is not repeated, and one that was interrupted starts anew. `--models DIR` keeps the pruned
 models, so that they are not pruned again.
 """
 
@@ -58,21 +58,21 @@ from thanos_deploy.stages.checkpoints import (
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 
-LENGTH = 512  # tokens of a segment to learn from
+LENGTH = 512  # tokens of a training segment
 
-# Names of the texts that are judged on, with what is trained on left out of both.
+# Names of the evaluation texts.
 HELD_OUT, OTHER = "held_out", "eval_text"
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A model somewhere on its way.
+    """One evaluation of a model during its training.
 
     Attributes:
-        tokens: that it has learned from.
-        seconds: of training up to there, judging left out.
-        processor_seconds: the same, of all threads together.
-        perplexity: by the name of a text.
+        tokens: number of tokens trained on so far.
+        seconds: wall-clock time of the training so far, without evaluations.
+        processor_seconds: processor time of the training so far, of all threads together.
+        perplexity: maps the name of a text to the perplexity.
     """
 
     tokens: int
@@ -86,12 +86,12 @@ class Training:
     """One training of one pruned model.
 
     Attributes:
-        pattern: what it was pruned to.
-        segments: that it learns from.
-        rank: of the updates that learn; 0 for the weights themselves.
-        looks: at the model, the pruned one first.
-        recovery: what the training says of itself; None while it is under way.
-        peak_memory_bytes: of the process, so of all trainings up to this one.
+        pattern: pattern that the model was pruned to.
+        segments: number of training segments.
+        rank: rank of the trained updates; 0 for training the weights themselves.
+        looks: evaluations of the model; the first is of the pruned model.
+        recovery: report on the training; None while it runs.
+        peak_memory_bytes: peak memory of the process, so of all its trainings up to this one.
     """
 
     pattern: str
@@ -103,19 +103,19 @@ class Training:
 
     @property
     def what(self) -> tuple[str, int, int]:
-        """What distinguishes it from others."""
+        """The pattern, segments and rank, which identify the training."""
         return (self.pattern, self.segments, self.rank)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What OUT.json holds.
+    """The content of OUT.json.
 
     Attributes:
-        conditions: what all trainings share.
-        environment: of the machine that began it.
-        dense: perplexity of the dense model, by the name of a text.
-        trainings: in the order in which they were asked for.
+        conditions: conditions that all trainings share.
+        environment: machine and software of the first call.
+        dense: maps the name of a text to the perplexity of the dense model.
+        trainings: the trainings; the one that changed last is at the end.
     """
 
     conditions: Json
@@ -124,17 +124,17 @@ class Document:
     trainings: tuple[Training, ...] = field(default=())
 
     def training(self, wanted: Training) -> Training:
-        """A training as far as it is known, or as it is given."""
+        """Return the recorded state of a training, or `wanted` if there is none."""
         return next((one for one in self.trainings if one.what == wanted.what), wanted)
 
     def having(self, training: Training) -> "Document":
-        """The same with a training in the place of an earlier state of it."""
+        """Return the document with a training in place of its earlier state."""
         others = [one for one in self.trainings if one.what != training.what]
         return replace(self, trainings=(*others, training))
 
 
 class Bench:
-    """The models, the texts, and what is known so far."""
+    """The models, the texts, and the results so far."""
 
     def __init__(self, arguments: argparse.Namespace, models: Path) -> None:
         dense = Dense(arguments.model or str(gguf_path()))
@@ -168,7 +168,7 @@ class Bench:
         )
 
     def _begin(self, conditions: Json) -> Document:
-        """What was measured before under these conditions, or nothing but the dense model yet."""
+        """Read the earlier results for these conditions, or begin with the dense model."""
         if not self.path.exists():
             dense = self.judge(load_model(self.dense.folder))
             self._save(Document(conditions, environment.describe(), dense))
@@ -179,11 +179,11 @@ class Bench:
         return found
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:
-        """Perplexity on each text."""
+        """Return the perplexity of a model on each text."""
         return {name: perplexity(model, ids).value for name, ids in self.judged_on.items()}
 
     def pruned(self, pattern: str) -> Checkpoint:
-        """The model pruned to a pattern, now or before."""
+        """Prune the model to a pattern, unless that is done, and open it."""
         folder = self.models / pattern.replace(":", "-")
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}-partial")
@@ -199,7 +199,7 @@ class Bench:
         return Checkpoint.open(folder)
 
     def train(self, wanted: Training) -> None:
-        """Train a pruned model, and look at it now and then."""
+        """Train a pruned model, and evaluate it at the looks."""
         training = self.document.training(wanted)
         if training.recovery is not None:
             return
@@ -262,18 +262,18 @@ class Bench:
 
 
 class Clock:
-    """Seconds of what is between `start` and `stop`, by the clock and of the processor."""
+    """Stopwatch of wall-clock and processor seconds; `taken` is the sum of all intervals."""
 
     def __init__(self) -> None:
         self._before = [0.0, 0.0]
         self.taken = (0.0, 0.0)
 
     def start(self) -> None:
-        """Go on."""
+        """Begin an interval."""
         self._before = [time.perf_counter(), time.process_time()]
 
     def stop(self) -> None:
-        """Pause."""
+        """End the interval, and add it to `taken`."""
         now = (time.perf_counter(), time.process_time())
         wall, processor = (
             taken + later - earlier
@@ -283,7 +283,7 @@ class Clock:
 
 
 def main() -> None:
-    """Prune, train, judge, draw."""
+    """Prune, train, evaluate, and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     texts.add_options(parser)
     parser.add_argument("--recover-text", type=Path, required=True)
@@ -313,9 +313,9 @@ def main() -> None:
 
 
 def draw(document: Document) -> Figure:
-    """Perplexity over tokens and over minutes of the processor, on either text.
+    """Plot perplexity over tokens and over processor minutes, on both texts.
 
-    A line is one training; its end, and not its way, is what a training of that length gives.
+    Each line is one training. Only its last point is the result of a training of that length.
     """
     figure = Figure(figsize=(9, 7), layout="constrained")
     patterns = list(dict.fromkeys(one.pattern for one in document.trainings))
@@ -345,7 +345,7 @@ def draw(document: Document) -> Figure:
 
 
 def _ticks(document: Document, text: str) -> list[float]:
-    """Round numbers from the dense model's perplexity to the largest."""
+    """Return round numbers from the dense model's perplexity to the largest perplexity."""
     largest = max(look.perplexity[text] for one in document.trainings for look in one.looks)
     round_ones = (15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500)
     return [float(one) for one in round_ones if document.dense[text] / 1.2 < one < 1.2 * largest]

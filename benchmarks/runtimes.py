@@ -1,9 +1,10 @@
-"""Prefill and decode of one model in several runtimes, in turns, in one process.
+"""Time prefill and decode of one model in several runtimes, in turns, in one process.
 
 `python -m benchmarks.runtimes SUBJECT...` where a subject is a bundle with the target onnx (ours),
 a GGUF file (llama.cpp, by the package cyllama), a folder of ORT-GenAI, or `openvino:MODEL.onnx`
-with a graph of the target onnx. Every subject gets the same ids and continues them greedily. Prints
-the medians, and the ratio of each to the first subject, round by round; `--json FILE` keeps them.
+with a graph of the target onnx. Every subject gets the same token IDs and continues them greedily.
+Prints the medians, and the median over the rounds of the ratio to the first subject; `--json FILE`
+keeps all times.
 
 The machine has to be idle for the times to mean anything. Threads of ONNX Runtime spin for a while
 after a run, so there is a pause before each turn.
@@ -32,15 +33,21 @@ from thanos_deploy.measure.perplexity import POSITIONS_AT_ONCE, Read
 
 PAUSE = 0.3
 
-# Reads tokens that follow those before, and returns the logits after the last one.
+# Appends tokens to the sequence, and returns the logits after the last one.
 Step = Callable[[Sequence[int]], Any]
-# Forgets everything.
+# Starts a new sequence with an empty KV cache.
 Begin = Callable[[], Step]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One text of one subject: seconds of the prompt and of a token, and the tokens."""
+    """One generated text of one subject.
+
+    Attributes:
+        prefill: seconds from the prompt to the first token.
+        decode: mean seconds of each further token.
+        tokens: the generated tokens.
+    """
 
     prefill: float
     decode: float
@@ -48,7 +55,7 @@ class Turn:
 
 
 def ours(bundle: Path, threads: int, most: int) -> Begin:
-    """This project's runtime."""
+    """Open this project's runtime."""
     engine = open_engine(bundle, threads=threads)
 
     def begin() -> Step:
@@ -67,7 +74,7 @@ def ours(bundle: Path, threads: int, most: int) -> Begin:
 
 
 def llama_cpp(path: Path, threads: int, most: int) -> Begin:
-    """llama.cpp with its own defaults for cache and attention."""
+    """Open llama.cpp, with its own defaults for KV cache and attention."""
     module, model = _llama(path)
 
     def begin() -> Step:
@@ -86,7 +93,7 @@ def llama_cpp(path: Path, threads: int, most: int) -> Begin:
 
 
 def llama_cpp_reader(path: Path, threads: int) -> Read:
-    """The same as something that reads segments."""
+    """Open llama.cpp to compute the logits after every token of a segment."""
     module, model = _llama(path)
 
     def read(ids: Tensor) -> Iterator[Tensor]:
@@ -113,7 +120,7 @@ def _llama_context(module: Any, model: Any, threads: int, most: int) -> Any:
 
 
 def genai(folder: Path, threads: int, most: int) -> Begin:
-    """ORT-GenAI, on a graph of ours or of its own builder."""
+    """Open ORT-GenAI, with a graph of ours or of its own builder."""
     module, model = _genai(folder, threads)
 
     def begin() -> Step:
@@ -129,7 +136,7 @@ def genai(folder: Path, threads: int, most: int) -> Begin:
 
 
 def genai_reader(folder: Path, threads: int) -> Read:
-    """The same as something that reads segments."""
+    """Open ORT-GenAI to compute the logits after every token of a segment."""
     module, model = _genai(folder, threads)
 
     def read(ids: Tensor) -> Sequence[Tensor]:
@@ -156,7 +163,7 @@ def _generator(module: Any, model: Any, most: int) -> Any:
 
 
 def openvino(path: Path, threads: int, most: int) -> Begin:
-    """OpenVINO, which is handed the cache and gives the longer one."""
+    """Open OpenVINO; the KV cache is an explicit input and output of every step."""
     request = _openvino(path, threads)
 
     def begin() -> Step:
@@ -174,7 +181,7 @@ def openvino(path: Path, threads: int, most: int) -> Begin:
 
 
 def openvino_reader(path: Path, threads: int) -> Read:
-    """The same as something that reads segments; the graph has to give all logits."""
+    """Open OpenVINO to compute the logits after every token; the graph has to give all of them."""
     request = _openvino(path, threads)
 
     def read(ids: Tensor) -> Sequence[Tensor]:
@@ -203,7 +210,7 @@ def _empty_cache(request: Any) -> list[Any]:
 
 
 def _infer(request: Any, ids: Sequence[int], past: int, cache: list[Any]) -> tuple[Any, list[Any]]:
-    """The logits, [tokens, vocabulary] or [1, vocabulary], and the longer cache."""
+    """Return the logits, [tokens, vocabulary] or [1, vocabulary], and the extended cache."""
     total = past + len(ids)
     feeds = {
         "input_ids": np.array([ids]),
@@ -216,7 +223,7 @@ def _infer(request: Any, ids: Sequence[int], past: int, cache: list[Any]) -> tup
 
 
 def opened(subject: str, threads: int, most: int) -> Begin:
-    """The runtime that a subject is for."""
+    """Open the runtime that a subject is for, for sequences of at most `most` tokens."""
     kind, path = _kind(subject)
     return {"openvino": openvino, "llama.cpp": llama_cpp, "genai": genai, "ours": ours}[kind](
         path, threads, most
@@ -224,7 +231,10 @@ def opened(subject: str, threads: int, most: int) -> Begin:
 
 
 def reader(subject: str, threads: int) -> Read:
-    """The same as something that reads segments; graphs have to give all logits."""
+    """Open the runtime of a subject to compute the logits after every token.
+
+    A graph has to give all logits. `threads` has no effect on our own runtime.
+    """
     kind, path = _kind(subject)
     if kind == "ours":
         return graph_reader(path)
@@ -234,7 +244,7 @@ def reader(subject: str, threads: int) -> Read:
 
 
 def _kind(subject: str) -> tuple[str, Path]:
-    """What runs a subject, and where it is."""
+    """Return the runtime of a subject, and its path."""
     kind, _, rest = subject.partition(":")
     if kind == "openvino":
         return kind, Path(rest)
@@ -245,7 +255,7 @@ def _kind(subject: str) -> tuple[str, Path]:
 
 
 def turn(begin: Begin, prompt: Sequence[int], new_tokens: int, *, pause: float = PAUSE) -> Turn:
-    """One text."""
+    """Generate one text, and time it."""
     time.sleep(pause)
     step = begin()
     started = time.perf_counter()
@@ -265,9 +275,9 @@ def rounds(
     *,
     pause: float = PAUSE,
 ) -> Iterator[dict[str, Turn]]:
-    """Rounds in which every subject has a turn, forwards and backwards by turns.
+    """Yield rounds in which every subject has a turn; the order is reversed in every other round.
 
-    The first one, which warms up, is not among them.
+    A first round warms up and is not among them.
     """
     for number in range(count + 1):
         order = list(subjects) if number % 2 else reversed(list(subjects))

@@ -1,16 +1,17 @@
-"""Measure how much faster two processes of one thread prune than one process of one thread.
+"""Measure how much faster several processes of one thread prune than one such process.
 
 Usage: python -m benchmarks.scaling [--model MODEL] [--blocks 2] [--rounds 3] [--pattern 2:4]
            [--preset best] [--processes 2]
 
-The first blocks of a model are pruned by one process and by several, in turns. What is compared is
-the longest way through the work: of every piece of it (statistics as far as a layer, the solver of
-these layers, the steps of tuning, the pass to the next block) the processor time of the rank that
-took most, added up. Ranks wait for each other between these pieces, and waiting takes no processor
-time, so this is the time that the work would take on otherwise idle processors, including the
-communication of the ranks, but without the work of the operating system. Wall-clock times are
-printed as well; they mean something only where nothing else runs. The efficiency is the time of one
-process over that of several times their number. Medians over the rounds.
+The first blocks of a model are pruned by one process and by several processes, in turns. The length
+of the critical path is compared: for each piece of the work (statistics up to a layer, the solver
+of these layers, the tuning steps, the pass to the next block) the processor time of the slowest
+rank, summed over the pieces. Ranks wait for each other between pieces, and waiting takes no
+processor time. The sum is therefore the time that the work would take on otherwise idle processors,
+with the communication of the ranks, but without the work of the operating system. Wall-clock times
+are printed as well; they are meaningful only if nothing else runs. The efficiency is the time of
+one process divided by the number of processes times their time. All figures are medians over the
+rounds.
 
 The table goes to standard output, and a JSON line follows.
 """
@@ -50,8 +51,8 @@ class Spent:
     """Seconds of one piece of work.
 
     Attributes:
-        wall: by the clock.
-        processor: of the rank that took most.
+        wall: wall-clock time of the slowest rank.
+        processor: processor time of the rank that used most.
     """
 
     wall: float
@@ -59,7 +60,7 @@ class Spent:
 
 
 def main() -> None:
-    """Measure, or be one of the ranks that are measured."""
+    """Measure, or run as one of the ranks that are measured (--worker)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--blocks", type=int, default=2)
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def _shortened(model: str, blocks: int, folder: Path) -> str:
-    """The first blocks of a model, as a model."""
+    """Write the first blocks of a model as a model, and return its folder."""
     from safetensors.torch import save_file
 
     whole = Dense(model).checkpoint()
@@ -108,7 +109,7 @@ def _shortened(model: str, blocks: int, folder: Path) -> str:
 
 
 def _run(arguments: argparse.Namespace, model: str, out: Path, processes: int) -> dict[str, Spent]:
-    """Prune once, by so many ranks."""
+    """Prune once with some ranks, and return the seconds by activity."""
     given = ("--model", model, "--pattern", arguments.pattern, "--preset", arguments.preset)
     counts = ("--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen))
     worker = ("-m", "benchmarks.scaling", *given, *counts, "--worker", str(out))
@@ -118,7 +119,7 @@ def _run(arguments: argparse.Namespace, model: str, out: Path, processes: int) -
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    # activity -> of every piece, in order, the seconds of each rank
+    # For each rank: maps an activity to the wall-clock and processor seconds of its pieces.
     said = [json.loads(path.read_bytes()) for path in sorted(out.glob("rank-*.json"))]
     spent: dict[str, Spent] = {}
     for activity in _NAMES:
@@ -134,14 +135,14 @@ def _run(arguments: argparse.Namespace, model: str, out: Path, processes: int) -
 
 
 def _between(said: dict[str, list[tuple[float, float]]]) -> float:
-    """Processor time of a rank between the pieces of its work."""
+    """Return the processor time of a rank outside the pieces of its work."""
     ((_, whole),) = said[WHOLE]
     parts = (part for name, pieces in said.items() if name != WHOLE for _, part in pieces)
     return whole - sum(parts)
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    """Be one rank: prune, and write what each piece of the work took."""
+    """Prune as one rank, and write the seconds of each piece of the work."""
     import torch
 
     from thanos_deploy.calibration import visit, walk

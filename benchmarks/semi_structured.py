@@ -1,10 +1,10 @@
-"""Products with 2:4 weights on a GPU: dense, torch's semi-structured tensors, and our kernels.
+"""Time products with 2:4 weights on a GPU: dense, torch's semi-structured tensors, our kernels.
 
 Usage: python -m benchmarks.semi_structured [--shapes 4096x4096 ...] [--tokens 1 16 64 256 2048]
            [--dtype fp16] [--kernels dense triton ...] [--samples 50] [-o FILE.json]
 
 Prints median microseconds and the speed relative to dense as soon as they are measured, and writes
-the records with what they were measured on. Exits 4 where there is no GPU, and 1 where a kernel
+the records with the GPU and the software. The exit code is 4 without a GPU, and 1 if a kernel
 failed. `--device cpu` rehearses with small shapes: it needs no GPU, and its times mean nothing.
 """
 
@@ -51,14 +51,14 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     finally:
-        # Also what was found before a GPU was lost.
+        # Also written if the GPU is lost during the run.
         if arguments.out and found:
             write(arguments.out, arguments.dtype, arguments.device, found)
     sys.exit(any(each.failed for each in found))
 
 
 def write(path: Path, dtype: str, device: str, found: Sequence[GemmTime]) -> None:
-    """Write the records, and what they were measured on."""
+    """Write the records, with the GPU and the software."""
     is_gpu = device == "cuda"
     files.write_json(
         path,
@@ -73,13 +73,13 @@ def write(path: Path, dtype: str, device: str, found: Sequence[GemmTime]) -> Non
 
 
 def shape(text: str) -> tuple[int, int]:
-    """Read OUTPUTSxINPUTS."""
+    """Parse OUTPUTSxINPUTS."""
     outputs, inputs = map(int, text.split("x"))
     return outputs, inputs
 
 
 def line(row: GemmTime, found: Sequence[GemmTime]) -> str:
-    """What to print of a row, beside the dense one that was found before it."""
+    """Return the line to print for a row, with its speed relative to an earlier dense row."""
     where = f"{row.outputs:6d} x {row.inputs:6d}  tokens {row.tokens:5d}  {row.kernel:16s}"
     if row.seconds is None:
         return f"{where}  not measured: {row.reason}"

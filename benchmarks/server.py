@@ -1,6 +1,6 @@
-"""A server in a process of its own, and as much of an HTTP client as measuring it needs.
+"""Run a server in a process of its own, with a minimal HTTP client for measuring it.
 
-Standard library only. Processes are read from Linux's /proc.
+Uses only the standard library. Reads processes from /proc, so it needs Linux.
 """
 
 import http.client
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Loading a model, and compiling it, on a busy machine.
+# Timeout of the start: loading a model, and compiling it, on a busy machine.
 _READY_SECONDS = 600.0
 
-# Longer than any answer here takes.
+# Timeout of a connection: longer than any answer here takes.
 _ANSWER_SECONDS = 600.0
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -29,7 +29,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class RequestError(Exception):
-    """A request that was answered with something else than 200."""
+    """A request was answered with another status than 200."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         body = response.read(500).decode(errors="replace")
@@ -43,8 +43,8 @@ class Server:
     """A running server.
 
     Attributes:
-        url: without a path.
-        process: that was started; it leads a group, to which those belong that it starts.
+        url: URL without a path.
+        process: the started process; it leads a process group, to which its children belong.
     """
 
     url: str
@@ -52,42 +52,42 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time that its processes have used so far, with that of ended children."""
+        """Processor time of all processes of the server so far, ended children included."""
         own = [stat for stat in _stats() if int(stat[2]) == self.process.pid]
         return sum(int(ticks) for stat in own for ticks in stat[11:15]) / _TICKS
 
     @property
     def resident_bytes(self) -> int:
-        """The memory of the process that was started, now."""
+        """Present resident memory of the started process."""
         return int(_stat(Path(f"/proc/{self.process.pid}"))[21]) * _PAGE
 
     def freeze(self) -> None:
-        """Stop it where it is, so that it takes no time from others."""
+        """Stop the server (SIGSTOP), so that it takes no time from others."""
         self._send(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Continue the stopped server (SIGCONT)."""
         self._send(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End whatever is left of it."""
+        """Kill all processes that are left (SIGKILL)."""
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
-        """A signal to all of its processes."""
+        """Send a signal to all processes of the server."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
 def _stat(folder: Path) -> list[str]:
-    """The fields after the name, which may have spaces in it; see proc_pid_stat(5)."""
+    """Return the fields after the name, which may contain spaces; see proc_pid_stat(5)."""
     return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
 def _stats() -> Iterator[list[str]]:
-    """Those of every process."""
+    """Yield these fields for every process of the machine."""
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has ended
             yield _stat(folder)
 
 
@@ -95,16 +95,16 @@ def _stats() -> Iterator[list[str]]:
 def running(
     command: Sequence[object], *, port: int, log: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """Start a server, wait until it is healthy, end it with SIGTERM.
+    """Start a server, wait until it is healthy, and end it with SIGTERM after the block.
 
     Args:
-        command: of a server that listens on 127.0.0.1 and answers GET /health.
-        port: where.
-        log: gets its standard output and error.
-        variables: of its environment, beside those that are there.
+        command: command of a server that listens on 127.0.0.1 and answers GET /health.
+        port: port that the server listens on.
+        log: file for its standard output and standard error.
+        variables: environment variables, in addition to those of this process.
 
     Raises:
-        RuntimeError: it ended, or was not ready in time.
+        RuntimeError: the server ended, or was not ready in time.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -112,7 +112,7 @@ def running(
             env={**os.environ, **(variables or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Out of reach of what a shell or a terminal sends its jobs, which may be frozen.
+            # A shell or terminal cannot signal the server, whose group may be stopped.
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process)
@@ -135,7 +135,7 @@ def running(
 
 
 def serve(bundle: Path, *, port: int, name: str, slots: int, queue: int) -> list[object]:
-    """The command that serves a bundle with this Python."""
+    """Return the command that serves a bundle with this Python."""
     run = "from thanos_deploy.cli import main; main()"
     return [
         *(sys.executable, "-P", "-c", run, "serve", bundle),
@@ -144,7 +144,7 @@ def serve(bundle: Path, *, port: int, name: str, slots: int, queue: int) -> list
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -154,7 +154,7 @@ def free_port() -> int:
 def request(
     url: str, method: str, path: str, body: bytes | None = None
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """Status, headers and body of an answer."""
+    """Send a request; return status, headers and body of the answer."""
     with closing(open_connection(url)) as connection:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -162,13 +162,13 @@ def request(
 
 
 def stream(url: str, path: str, body: dict[str, Any]) -> Generator[str, None, None]:
-    """The data of each event of an answer by server-sent events.
+    """Send a request, and yield the data of each server-sent event of the answer.
 
     Closing the iterator before its end drops the connection.
 
     Raises:
-        RequestError: the answer is no stream.
-        ConnectionError, http.client.HTTPException: it broke off.
+        RequestError: the status is not 200.
+        ConnectionError, http.client.HTTPException: the answer broke off.
     """
     with closing(open_connection(url)) as connection:
         content = json.dumps({**body, "stream": True})
@@ -182,7 +182,7 @@ def stream(url: str, path: str, body: dict[str, Any]) -> Generator[str, None, No
 
 
 def open_connection(url: str) -> http.client.HTTPConnection:
-    """To a server."""
+    """Return a connection to a server, not yet opened."""
     return http.client.HTTPConnection(urlsplit(url).netloc, timeout=_ANSWER_SECONDS)
 
 

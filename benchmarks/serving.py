@@ -1,16 +1,17 @@
-"""Throughput and latency of `thanos-deploy serve`, beside serving the same model in other ways.
+"""Compare throughput and latency of `thanos-deploy serve` with other servers of the same model.
 
 Usage: python -m benchmarks.serving OUT [--peers NAME...] [--aiperf DIR] [--vllm DIR]
 
-OUT is a bundle with the target onnx; for the peer vllm with the target vllm too. The servers are
-ours, ours with one slot (one request at a time), and by peer: `transformers serve` on the bundle's
-checkpoint, as it is and with its continuous batching; `vllm serve` in float32, on the folder for
-vLLM. They take turns; see `benchmarks.peers`.
+OUT is a bundle with the target onnx; for the peer vllm, also with the target vllm. The servers are
+ours, ours with one slot (one request at a time), and those of the peers. The peer transformers is
+`transformers serve` on the bundle's checkpoint, with and without its continuous batching. The peer
+vllm is `vllm serve` in float32, on the folder for vLLM. The servers take turns; see
+`benchmarks.peers`.
 
-closed loop   AIPerf plays some clients, each of which asks again when it is answered
-open loop     our own client: requests come at random (Poisson) at multiples of the rate at which
-              the server with one slot answered, whether or not the ones before are answered; a
-              request's clock starts when it was due
+closed loop   clients of AIPerf, each of which sends its next request when it is answered
+open loop     our own client: requests arrive at random (Poisson) at multiples of the rate at which
+              the server with one slot answered, whether or not earlier requests are answered; the
+              latency of a request is counted from the time when it was due
 
 Prints both tables and writes them, with every sample, to benchmarks/results/serving.json. A run is
 INVALID for the same reasons as in `bench`, or if the servers generated different numbers of tokens.
@@ -42,7 +43,7 @@ VLLM = "vllm serve"
 
 
 def main() -> None:
-    """Serve, measure, print, write."""
+    """Start the servers, measure them, write the results, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,7 +93,7 @@ def servers(
     environment: Path,
     threads: int | None,
 ) -> dict[str, Peer]:
-    """By name; ours are there always."""
+    """Return the servers to compare, by name: ours, and those of the chosen peers."""
     found = {
         OURS: peers.thanos(bundle, slots=slots, queue=queue),
         ALONE: peers.thanos(bundle, slots=1, queue=queue),
@@ -119,11 +120,11 @@ def measure(
     """Measure all servers in turns.
 
     Args:
-        servers: by name.
-        load: of the closed loops.
-        prompts: of the open loops, one for each request.
-        rates: of the open loops, as multiples of what `ALONE` answers.
-        command: of AIPerf.
+        servers: the servers by name.
+        load: requests of the closed loops.
+        prompts: prompts of the open loops, one for each request.
+        rates: request rates of the open loops, as multiples of the throughput of `ALONE`.
+        command: command of AIPerf.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -155,7 +156,7 @@ def measure(
 
 
 def open_loop(subject: Subject, prompts: Sequence[str], load: Load, per_second: float) -> Json:
-    """Let requests arrive at random, each answered on a thread of its own."""
+    """Send requests at random times, each from a thread of its own."""
     started = time.perf_counter()
 
     def ask(due: float, prompt: str) -> Request:
@@ -180,7 +181,7 @@ def open_loop(subject: Subject, prompts: Sequence[str], load: Load, per_second: 
 
 
 def tables(result: Json) -> str:
-    """Both tables, as they stand in docs/serve.md and LOG.md."""
+    """Return both tables, as they are in docs/serve.md and LOG.md."""
     offered = [
         (
             f"{one['offered_per_second']:.2f}",

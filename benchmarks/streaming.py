@@ -1,15 +1,16 @@
-"""How much memory it takes to prune a model that is larger than that memory.
+"""Measure the peak memory of pruning a model that is larger than that memory.
 
 Usage: python -m benchmarks.streaming FOLDER [--blocks 22] [--preset fast] [--nsamples 4]
 
-Makes a checkpoint with TinyLlama-1.1B's configuration and random weights, float16, in shards, in
-FOLDER/model (2.2 GB, unless it exists), prunes it to 2:4 into FOLDER/out in a fresh process as
-`thanos-deploy prune` does, journal and all, and prints the peak resident memory of that process; an
+Makes a sharded float16 checkpoint with TinyLlama-1.1B's configuration and random weights in
+FOLDER/model (2.2 GB), unless it exists. Prunes it to 2:4 into FOLDER/out in a fresh process as
+`thanos-deploy prune` does, with a journal, and prints the peak resident memory of that process. An
 older FOLDER/out is removed. The last line is JSON.
 
-Weights do not matter to memory. By default there are only the 2048 calibration tokens that run
-through a block at once; more tokens add activations inside a block, up to `sizes.WAITING_BYTES`.
-The preset "best" holds a block of the dense model beside that which is pruned, "fast" does not.
+The values of weights do not affect memory. By default there are only 2048 calibration tokens, as
+many as run through a block at once; more tokens add activations inside a block, up to
+`sizes.WAITING_BYTES`. The preset "best" holds a block of the dense model in addition to the block
+that is pruned; "fast" does not.
 """
 
 import argparse
@@ -50,7 +51,7 @@ SHARD_BYTES = 500_000_000
 
 
 def main() -> None:
-    """Make the checkpoint, prune it in a child, print the child's peak memory."""
+    """Make the checkpoint, prune it in a child process, and print the child's peak memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=22)
@@ -91,7 +92,7 @@ def main() -> None:
 def measure(
     model: Path, out: Path, request: PruneRequest, results: "multiprocessing.SimpleQueue[Any]"
 ) -> None:
-    """Prune; the process must be fresh, because its peak memory is what is asked for."""
+    """Prune in this process, which must be fresh, because its peak memory is measured."""
     _progress.quiet_libraries()
     before = environment.resident_memory_bytes()
     started = time.perf_counter()
@@ -110,12 +111,12 @@ def measure(
 
 
 def announce(title: str) -> Any:
-    """Print every block."""
+    """Return a progress function that prints every block."""
     return lambda done, total: print(f"{title}: {done} of {total}", flush=True)
 
 
 def make_checkpoint(folder: Path, blocks: int) -> None:
-    """Write random weights shard by shard, and a tokenizer with one token a byte."""
+    """Write random weights shard by shard, and a tokenizer with one token per byte."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(
@@ -157,7 +158,7 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
 
 
 def shapes(blocks: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama's parameters."""
+    """Return the names and shapes of a LLaMA's parameters."""
     width, channels, vocabulary = (
         SIZES[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
     )

@@ -1,4 +1,4 @@
-"""The texts that quality benchmarks calibrate and judge on, as options of the command line."""
+"""Options for the calibration and evaluation texts of quality benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from thanos_deploy.calibration.texts import read_text
 
 
 def add_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which texts, and how much of the one to judge on."""
+    """Add options for both texts, and for the size of the evaluation."""
     parser.add_argument("--calib", type=Path, required=required)
     parser.add_argument("--eval-text", type=Path, required=required)
     parser.add_argument("--eval-segments", type=int, default=8)
@@ -27,16 +27,26 @@ def calibration(
     further: int = 0,
     seed: int | None = None,
 ) -> Tensor:
-    """int64[count, length], the first ones, so that others can take the same; or drawn by a seed.
+    """Return calibration segments: the first of the text, or with a seed, random ones.
 
-    Behind them as many further ones as the text has, up to a number.
+    Args:
+        arguments: arguments with the options of `add_options`.
+        tokenizer: tokenizer of the model.
+        count: number of segments.
+        length: number of tokens in each segment.
+        further: most further segments to append; fewer if the text has fewer.
+        seed: seed of the random choice; None for the first segments, so that others can use the
+            same ones.
+
+    Returns:
+        int64[count, length], or more rows with further segments.
     """
     text = read_text(arguments.calib)
     return segments(text, tokenizer, count=count, length=length, seed=seed, further=further)
 
 
 def evaluation(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """int64[segments, tokens], the first segments of the text to judge on."""
+    """Return the first segments of the evaluation text, int64[segments, tokens]."""
     return segments(
         read_text(arguments.eval_text),
         tokenizer,

@@ -1,13 +1,13 @@
-"""The dense model, a shrunk one and a 2:4 one: `thanos-deploy serve` beside `vllm serve`, on a CPU.
+"""Compare `thanos-deploy serve` with `vllm serve` on a CPU, for dense, shrunk and 2:4 models.
 
 Usage: python -m benchmarks.vllm OUT [--gguf FILE] [--aiperf DIR] [--vllm DIR]
 
-Makes the bundles of both patterns in OUT, as quickly as it can, because weights do not change
-times, and the exports that the servers need; repeating the command uses the existing ones. Ours
-runs the graph in float32 on ONNX Runtime, vLLM the checkpoint, or the packed folder with this
-project's plugin, in each of DTYPES. AIPerf plays the clients; see `benchmarks.aiperf` and
-`benchmarks.peers`. To take less: `--dtypes float32`, `--clients 1 8`, `--per-client 1`, `--patterns
-2:4`.
+Makes the bundles of both patterns in OUT, and the exports that the servers need; repeating the
+command uses the existing ones. Pruning is done with fast settings, because the values of weights do
+not change times. Our server runs the graph in float32 on ONNX Runtime. vLLM runs the checkpoint, or
+the packed folder with this project's plugin, in each of DTYPES. The clients are AIPerf's; see
+`benchmarks.aiperf` and `benchmarks.peers`. For a shorter run: `--dtypes float32`, `--clients 1 8`,
+`--per-client 1`, `--patterns 2:4`.
 
 Prints the table and writes it, with every sample, to benchmarks/results/vllm.json. A run is INVALID
 for the same reasons as in `bench`, or if the servers generated different numbers of tokens.
@@ -44,7 +44,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
-    """Make, serve, measure, print, write."""
+    """Make the models, measure the servers, write the results, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,7 +88,7 @@ def main() -> None:
 def made(
     dense: Dense, out: Path, patterns: Sequence[str], announce: Announce
 ) -> dict[str, tuple[Path, Path]]:
-    """By name of a model: the bundle with its graph, and what vLLM serves."""
+    """Make the models; return for each name the bundle of the graph and the folder for vLLM."""
     export_dense(dense, ExportRequest(graph="ort"), announce)
     found = {DENSE: (dense.folder, dense.checkpoint(announce).folder)}
     for spelling in patterns:
@@ -113,9 +113,9 @@ def groups_of(
     environment: Path,
     threads: int | None,
 ) -> list[dict[str, Peer]]:
-    """Every model on every server, by name; ours and vLLM in its first dtype are one group.
+    """Return the servers of all models in one group per dtype of vLLM; ours are in the first.
 
-    The servers of one group take turns. All at once would need more than 24 GiB.
+    The servers of one group take turns. All servers at once would need more than 24 GiB.
     """
     groups: list[dict[str, Peer]] = [{} for _ in dtypes]
     for name, (bundle, folder) in models.items():
@@ -128,13 +128,13 @@ def groups_of(
 
 
 def measure(groups: Sequence[dict[str, Peer]], load: Load, *, prompt: str, command: Path) -> Json:
-    """Measure all servers, those of a group in turns.
+    """Measure all servers; the servers of a group take turns.
 
     Args:
-        groups: of servers by name.
-        load: of the closed loops.
-        prompt: to begin with.
-        command: of AIPerf.
+        groups: groups of servers, by name.
+        load: requests of the closed loops.
+        prompt: prompt of the first request to each server.
+        command: command of AIPerf.
     """
     started = time.monotonic()
     closed: list[Json] = []

@@ -1,1 +1,1 @@
-"""The pages of the documentation, and the code that writes the generated ones. Not shipped."""
+"""The pages of the documentation, and the code that writes the generated pages. Not shipped."""

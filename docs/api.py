@@ -1,4 +1,4 @@
-"""The reference of the Python API, from `thanos_deploy.__all__`."""
+"""The reference of the Python API, generated from `thanos_deploy.__all__`."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ _LONGEST = 88  # characters of a signature on one line
 
 
 def page() -> str:
-    """reference/api.md."""
+    """Return the text of reference/api.md."""
     names = sorted(getattr(thanos_deploy, "__all__", ()))
     parts = [_HEAD]
     for name in names:
@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def section(name: str, value: object) -> Iterator[str]:
-    """A heading, the signature and the docstring of a name, and of a class its public methods."""
+    """Yield heading, signature and docstring of a name, and the public methods of a class."""
     yield f"## {name}\n"
     if callable(value) and not is_typeddict(value):
         yield f"```python\n{signature(name, value)}\n```\n"
@@ -52,13 +52,13 @@ def section(name: str, value: object) -> Iterator[str]:
 
 
 def signature(name: str, value: object) -> str:
-    """`name(parameters) -> result`, on one line or with a line for each parameter."""
+    """Return `name(parameters) -> result`, on one line or with one line per parameter."""
     assert callable(value)
-    # What a protocol with a call is about is the call.
+    # The signature of a callback protocol is that of its `__call__`.
     called = value.__call__ if getattr(value, "_is_protocol", False) else value
     try:
         found = inspect.signature(called)
-    except ValueError:  # some classes of the standard library have none
+    except ValueError:  # some classes of the standard library have no signature
         return name
     parameters = [_parameter(one) for one in found.parameters.values() if one.name != "self"]
     kinds = [one.kind for one in found.parameters.values() if one.name != "self"]
@@ -76,7 +76,11 @@ def signature(name: str, value: object) -> str:
 
 
 def docstring(text: str) -> Iterator[str]:
-    """Paragraphs as they are; each section of Google's style as a list under its name."""
+    """Yield a docstring as Markdown.
+
+    Paragraphs stay as they are. Each Google-style section gets its name as a heading; the entries
+    of Args, Attributes and Raises become a list.
+    """
     first, *rest = _SECTION.split(text)
     if first.strip():
         yield f"{first.strip()}\n"
@@ -113,7 +117,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 
 def _annotation(annotation: object) -> str:
-    """A type without the modules that its parts come from."""
+    """Return a type annotation without the names of modules."""
     if get_origin(annotation) is Unpack:
         return f"Unpack[{_annotation(get_args(annotation)[0])}]"
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)

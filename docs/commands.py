@@ -1,4 +1,4 @@
-"""The reference of commands, from the commands themselves."""
+"""The reference of commands, generated from the click commands."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ import click
 from thanos_deploy.cli import cli
 
 NAME = "thanos-deploy"
-_VERBATIM = "\b\n"  # click's mark of a paragraph whose lines it must not join
+_VERBATIM = "\b\n"  # click's marker for a paragraph that it must not rewrap
 
 _HEAD = f"""# Commands
 
@@ -18,7 +18,7 @@ This page is written by `python -m docs.generate` from the same text as `{NAME} 
 
 
 def page() -> str:
-    """reference/commands.md."""
+    """Return the text of reference/commands.md."""
     commands = [(name, cli.commands[name]) for name in sorted(cli.commands)]
     table = ["| command | what it does |", "|---|---|"]
     for name, command in commands:
@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def section(name: str, command: click.Command) -> Iterator[str]:
-    """A heading, the usage, the help and the options of one command."""
+    """Yield heading, usage, help and options of one command."""
     context = click.Context(command, info_name=f"{NAME} {name}")
     usage = " ".join(command.collect_usage_pieces(context))
     yield f"## {NAME} {name}\n"
@@ -42,7 +42,7 @@ def section(name: str, command: click.Command) -> Iterator[str]:
 
 
 def paragraphs(command: click.Command) -> list[tuple[bool, str]]:
-    """The help of a command by paragraph: whether its lines must stay as they are, and its text."""
+    """Return the paragraphs of a command's help: whether to keep the line breaks, and the text."""
     found = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(command.help or "")):
         verbatim = paragraph.startswith(_VERBATIM)
@@ -57,7 +57,7 @@ def _help(command: click.Command) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text in which Markdown finds nothing to interpret but code between backticks."""
+    """Escape a text for Markdown, except for code between backticks."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     return "".join(
         part if part.startswith("`") else re.sub(r"([*<|])", r"\\\1", part) for part in parts

@@ -1,9 +1,9 @@
-"""Write the generated pages: the reference of commands, that of the API, and the picture.
+"""Write the generated pages: both references, the table of models, and the picture.
 
 Usage: python -m docs.generate
 
-Each is a function from what the code says to the text of a file. A test fails if a file that is
-committed differs from that text.
+The text of each file is generated from the code by one function. A test fails if a committed file
+differs from that text.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from docs import api, commands, models, picture
 
 ROOT = Path(__file__).parent
 
-# File below docs/ -> what writes it.
+# Maps a file below docs/ to the function that returns its text.
 GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/commands.md": commands.page,
     "reference/api.md": api.page,
@@ -23,7 +23,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    """Write all files."""
+    """Write all generated files."""
     for name, write in GENERATED.items():
         path = ROOT / name
         path.parent.mkdir(exist_ok=True)

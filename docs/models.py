@@ -1,4 +1,4 @@
-"""The table of model types, from the rows of the families and from what the tests go over."""
+"""The table of model types, from the rows of the families and the types that tests cover."""
 
 from collections.abc import Collection, Iterable, Iterator
 
@@ -69,7 +69,7 @@ prunes, exports and generates. Nothing is downloaded.
 
 
 def page() -> str:
-    """models.md."""
+    """Return the text of models.md."""
     loaders = [loader.name for loader in LOADERS]
     head = ["model type", "zeros", "heads", "channels", "experts", "ONNX", *loaders]
     rows = [row for family in FAMILIES for row in _rows(family)]
@@ -88,7 +88,7 @@ def page() -> str:
 
 
 def _rows(family: Family) -> Iterator[tuple[str, ...]]:
-    """Of the table, for each model type."""
+    """Yield the row of the table for each model type of a family."""
     for name in family.model_types:
         pruned = name in EVERY_TYPE or name in MIXTURES
         heads = "no" if family.experts or family.heads.fixed else _cut(family, name, CUT_TYPES)
@@ -100,14 +100,14 @@ def _rows(family: Family) -> Iterator[tuple[str, ...]]:
 
 
 def _cut(family: Family, name: str, tested: Collection[str]) -> str:
-    """Whether a test cuts a type, or another one of its family."""
+    """Say whether a test cuts this model type, or another type of its family."""
     if name in tested:
         return "yes"
     return "as its family" if any(one in tested for one in family.model_types) else "no test"
 
 
 def _loader(family: Family, name: str, loader: Loader) -> str:
-    """What is known of a program and a type."""
+    """Say what is known about loading a model type in another program."""
     read = [one for one in family.readings if one.loader == loader.name and name in one.model_types]
     if any(one.demand == "another model" for one in read):
         return "no"

@@ -9,10 +9,10 @@ from benchmarks.comparison.record import Comparison, Row, read
 from thanos_deploy.pattern import Structured, parse
 from thanos_deploy.report.labels import Box, place
 
-# Of the whole picture and of its panels, in SVG's units.
+# Sizes of the picture and of its panels, in SVG user units.
 _WIDTH, _HEIGHT = 920, 760
 _LEFT, _TOP, _PANEL, _DEEP, _GAP = 52, 34, 400, 300, 62
-_FONT, _LETTER, _LINE = 10, 6.3, 13  # the widest letters of usual fonts, on average
+_FONT, _LETTER, _LINE = 10, 6.3, 13  # average letter width of the widest usual fonts
 _RADIUS = 5.0
 
 _INK, _MUTED, _RULE = "#1b1e24", "#59606b", "#d9dce1"
@@ -31,12 +31,12 @@ _PERPLEXITIES = (*range(5, 20), *range(20, 40, 2), *range(40, 100, 10), *range(1
 
 
 def draw() -> str:
-    """images/patterns.svg."""
+    """Return the text of images/patterns.svg."""
     return svg(read())
 
 
 def svg(comparison: Comparison) -> str:
-    """The picture of a comparison: three panels, and a key where a fourth would be."""
+    """Return the picture of a comparison: three panels, with the legend in the fourth place."""
     rows = comparison.rows
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
@@ -53,7 +53,7 @@ def svg(comparison: Comparison) -> str:
 
 
 def _corners() -> list[tuple[int, int]]:
-    """Upper left corners of the panels and of the key."""
+    """Return the upper left corners of the panels and of the legend."""
     return [
         (_LEFT + column * (_PANEL + _GAP), _TOP + row * (_DEEP + _GAP))
         for row in range(2)
@@ -93,7 +93,7 @@ def _panel(left: int, top: int, title: str, rows: Sequence[Row], cost: Cost) -> 
     )
     unbeaten = {row.name for row in front(rows, cost)}
     marks = [(across(one.cost), down(one.perplexity)) for one in found]
-    # The intervals of the costs, which no name is to cross either.
+    # The lines of the cost intervals, which labels must not cross.
     lines = [
         Box(across(one.low), y - 1, across(one.high), y + 1)
         for one, (_, y) in zip(found, marks, strict=True)
@@ -117,7 +117,7 @@ def _panel(left: int, top: int, title: str, rows: Sequence[Row], cost: Cost) -> 
 
 
 def _mark(row: Row, x: float, y: float, *, filled: bool) -> str:
-    """A circle for dense, a square for cut, a triangle for zeros."""
+    """Return a circle for dense, a square for cut out, a triangle for zeros."""
     colour = _COLOURS[row.runtime]
     style = f'fill="{colour if filled else "#fdfdfb"}" stroke="{colour}" stroke-width="1.5"'
     if not row.pruned:
@@ -128,7 +128,7 @@ def _mark(row: Row, x: float, y: float, *, filled: bool) -> str:
 
 
 def _name(row: Row, x: float, y: float, box: Box) -> Iterator[str]:
-    """What a point is called, and a line to it where that is not beside it."""
+    """Yield the label of a point, and a leader line if the label is not beside the point."""
     if lead := box.lead(x, y, _RADIUS):
         yield (
             f'<path d="M{x} {y}L{round(lead[0], 1)} {round(lead[1], 1)}" '
@@ -165,7 +165,7 @@ def _key(left: int, top: int, comparison: Comparison) -> Iterator[str]:
 
 
 def _apart(values: Sequence[int], down: Callable[[float], float]) -> list[int]:
-    """Those between which there is room for a number each."""
+    """Return the values whose labels do not overlap."""
     kept: list[int] = []
     for value in values:
         if not kept or down(kept[-1]) - down(value) >= 1.6 * _FONT:
@@ -174,7 +174,7 @@ def _apart(values: Sequence[int], down: Callable[[float], float]) -> list[int]:
 
 
 def _ticks(low: float, high: float) -> range:
-    """Round numbers of which four to ten lie between two."""
+    """Return round tick values between two limits: at most ten, usually four or more."""
     steps = (base * 10**power for power in range(6) for base in (1, 2, 5))
     step = next(step for step in steps if (high - low) / step <= 10)
     return range(int(low // step + 1) * step, int(high) + 1, step)

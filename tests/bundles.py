@@ -1,4 +1,4 @@
-"""Bundles with realistic records and no model in them, for what reads records only.
+"""Bundles with realistic records but no model, for tests of code that reads records only.
 
 Most of the file is these records, so it is longer than others.
 """
@@ -59,7 +59,7 @@ def write_bundle(
     runs: tuple[Json, ...] | None = None,
     graphs: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
-    """A bundle with the named stages, as the commands would have recorded them."""
+    """Write a bundle with the named stages, recorded as the commands would record them."""
     runs = (run(),) if runs is None else runs
     made: Json = {
         "prune": lambda folder: _prune(folder, tokenizer, bytes_, pattern),
@@ -95,7 +95,7 @@ def write_bundle(
 
 
 def build_record(target: str = "tensorrt-rtx") -> BuildRecord:
-    """The record of an engine: half of its layers run sparse."""
+    """Return the record of an engine of which half of the layers run sparse."""
     layers = tuple(
         LayerProof(
             name=f"model.layers.{block}.{name}",
@@ -130,7 +130,7 @@ def build_record(target: str = "tensorrt-rtx") -> BuildRecord:
 
 
 def add_to_model(path: Path, name: str, content: str) -> None:
-    """Add a text file to the model of a bundle, as a stage of its own would have written it."""
+    """Add a text file to the model of a bundle, recorded as a stage of its own."""
 
     def produce(folder: Path) -> Json:
         place = folder / layout.MODEL / name
@@ -143,7 +143,7 @@ def add_to_model(path: Path, name: str, content: str) -> None:
 
 
 def add_build(path: Path, target: str = "tensorrt-rtx") -> None:
-    """Add the record of an engine."""
+    """Add the record of an engine to a bundle."""
     stage, record = f"{target}-sm80", build_record(target)
 
     def produce(folder: Path) -> Json:
@@ -167,7 +167,7 @@ def run(
     kinds: tuple[str, ...] = ("prefill", "decode"),
     others: Mapping[str, float] | None = None,
 ) -> Json:
-    """A benchmark's document: the pruned model takes `factor` of the dense one's time."""
+    """Return a benchmark's document; the pruned model takes `factor` times the baseline's time."""
     factors = {baseline: 1.0, "pruned": factor, **(others or {})}
     draw = random.Random(0)
     metrics = {
@@ -398,11 +398,11 @@ def _file(path: Path, size: int) -> Json:
 
 
 def report_of(path: Path) -> Json:
-    """report.json of a bundle."""
+    """Return report.json of a bundle, validated."""
     return checked(json.loads((path / "report" / "report.json").read_text()))
 
 
 def checked(report: Json) -> Json:
-    """A report that is of the published form."""
+    """Validate a report against the published schema, and return it."""
     VALIDATOR.validate(report)
     return report

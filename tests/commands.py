@@ -1,7 +1,7 @@
-"""The command in a process of its own, forked from one that has imported everything.
+"""Run the command in a process of its own, forked from one that has imported everything.
 
-A process that starts from nothing imports for five seconds before it does what a test is about, and
-traces the graph that it exports for as long.
+A process that is started afresh spends five seconds on imports before it does what a test is about,
+and as long on tracing the graph that it exports.
 """
 
 import multiprocessing
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from thanos_deploy import cli
 
-# The program that is installed, for what is to be seen of a process that starts from nothing.
+# The installed program, for tests that need a process that is started afresh.
 COMMAND = Path(sys.executable).parent / "thanos-deploy"
 
-# Children are forked from a process that has imported everything and traced one small model. There
-# is one such server for each test process, and who asks for it first says what it imports:
-# `thanos_deploy.gpu_check.steps` needs less, so modules that use it run later (see
+# Children are forked from a process that has imported everything and traced one small model. Each
+# test process has one such fork server, and the first user of it determines what it imports.
+# `thanos_deploy.gpu_check.steps` imports less, so test modules that use it run later (see
 # `tests.conftest.LONGEST`).
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -36,10 +36,10 @@ FORKS.set_forkserver_preload(
 
 
 class Command:
-    """A command that runs, with the part of `subprocess.Popen` that tests use.
+    """A running command, with the part of the interface of `subprocess.Popen` that tests use.
 
     Attributes:
-        pid: of the process, which leads a group and a session of its own.
+        pid: ID of the process, which leads a process group and a session of its own.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Command:
         environment: Mapping[str, str] | None = None,
         before: Callable[[], object] | None = None,
     ) -> None:
-        """Start it.
+        """Start the command.
 
         Args:
-            arguments: of `thanos-deploy`.
-            environment: its variables beside those of this process.
-            before: what the process does first; a function of a module, which is imported there.
+            arguments: arguments of `thanos-deploy`.
+            environment: environment variables, in addition to those of this process.
+            before: function that the process calls first; the process imports it by its module.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="command-")
         self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
@@ -72,12 +72,12 @@ class Command:
         self.pid: int = self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while the command runs."""
         return self._process.exitcode
 
     @property
     def returncode(self) -> int | None:
-        """The same."""
+        """The exit code; see `poll`."""
         return self.poll()
 
     def send_signal(self, number: int) -> None:
@@ -85,15 +85,15 @@ class Command:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process at once (SIGKILL)."""
         self._process.kill()
 
     def wait(self, seconds: float) -> None:
-        """Wait for its end, for so long at most."""
+        """Wait until the command ends, for at most some seconds."""
         self._process.join(seconds)
 
     def communicate(self) -> tuple[bytes, bytes]:
-        """Wait for its end; what it wrote to standard output and standard error."""
+        """Wait until the command ends; return its standard output and standard error."""
         self._process.join()
         output, errors = (path.read_bytes() if path.exists() else b"" for path in self._streams)
         self._folder.cleanup()
@@ -115,7 +115,7 @@ def _run(
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    # As in a shell that is asked to run a program in the foreground.
+    # As for a program that a shell runs in the foreground.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["thanos-deploy", *arguments]
     if before is not None:

@@ -1,4 +1,4 @@
-"""Small random models, and an environment in which nothing is downloaded or left behind."""
+"""Fixtures with small random models; tests download nothing and leave nothing behind."""
 
 import gc
 import os
@@ -58,29 +58,29 @@ Exported = Callable[[str], Path]
 Invoke = Callable[..., tuple[int, str, str]]
 
 # Modules that take longest come first, so that no process is left with one of them at the end. The
-# first process gets every other one of the first four: both of the real model, whose dense one is
-# made once, so that nobody waits for it. Those that fork commands come before those that fork less
-# (see `tests.commands`). `pytest -p tests.costs` says what takes long.
+# first process gets the first and the third module: both use the real model, whose dense bundle is
+# made once, so that no other process waits for it. Modules that fork commands come before those
+# whose fork server imports less (see `tests.commands`). `pytest -p tests.costs` shows the times.
 LONGEST = (
     *("test_real_model.py", "test_graph.py", "test_real_model_shrunk.py", "test_cli.py"),
     *("test_bytes.py", "test_gpu_campaign.py", "test_journal.py", "test_engine_build.py"),
     *("test_sparse_mma.py", "test_cli_bench.py", "test_triton_kernels.py", "test_cli_evaluate.py"),
 )
 
-# Fixtures that run every stage of a command; `make test-fast` leaves out what asks for one of them.
+# Fixtures that run every stage of a command; `make test-fast` leaves out the tests that use them.
 WHOLE = {"demo", "finished", "made"}
 
-# No test depends on how fast the machine is.
+# No test may depend on the speed of the machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-# No test switches the machine off, and waiting for its disk adds up.
-setattr(os, "fsync", lambda descriptor: None)  # noqa: B010  # assigned, it would need os's own type
+# No test cuts the power, so data need not reach the disk, and waiting for the disk adds up.
+setattr(os, "fsync", lambda descriptor: None)  # noqa: B010  # mypy would want os's own type
 
-# The machine's own speed is measured in every benchmark; next to small models, by small products.
+# Every benchmark measures the peak speed of the machine; for small models, small matrices suffice.
 ceilings._MATRIX["cpu"] = 128
 
-# What the manifest has of a model that was pruned to 2:4.
+# Result in the manifest for a model that was pruned to 2:4.
 PRUNED = PruneResult(
     pattern_holds=True,
     median_relative_error=0.01,
@@ -94,7 +94,7 @@ VOCABULARY = 257
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the modules that take longest first, and mark what needs a run of a whole command."""
+    """Sort the slowest modules first, and mark tests that need a run of a whole command as slow."""
     for item in items:
         if WHOLE.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -106,30 +106,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection() -> None:
-    """Importing the tests makes no garbage, and looking for it takes a fifth of the time."""
+    """Disable garbage collection while the tests are imported.
+
+    Importing makes no garbage, and looking for it takes a fifth of the time.
+    """
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """From now on there is some; what was imported is none, and need not be looked through."""
+    """Enable garbage collection, and exclude from it all objects that exist after the imports."""
     gc.freeze()
     gc.enable()
 
 
 def pytest_unconfigure() -> None:
-    """At the end of the process it is let go of, for which nanobind would ask otherwise."""
+    """Unfreeze these objects at the end; otherwise nanobind reports its own ones as leaked."""
     gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """What all test processes share."""
+    """The folders that all test processes share."""
     return Store(tmp_path_factory)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_traces(store: Store) -> None:
-    """Every structure is traced once in a run, whichever process comes first."""
+    """Share traced graphs, so that each model structure is traced once in a run, by any process."""
     traced.share(store.folder("traces", lambda folder: None))
 
 
@@ -139,8 +142,8 @@ def _own_cache(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cache of the test's own, in which the tiny model, where it is used, is exported already."""
-    # Not among the tests' own folders, which pytest lists whenever it makes one.
+    """Give each test its own cache, which has the export of the tiny model if the test uses it."""
+    # Not beside the tests' own folders, which pytest lists whenever it makes a new one.
     caches = tmp_path_factory.getbasetemp() / "caches"
     caches.mkdir(exist_ok=True)
     cache = mkdtemp(dir=caches)
@@ -163,7 +166,10 @@ def tiny_cache(store: Store, tiny_llama: Path) -> Path:
 
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs the command in this process: exit code, standard output, standard error."""
+    """A function that runs the command in this process.
+
+    It returns the exit code, the standard output and the standard error.
+    """
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["thanos-deploy", *map(str, arguments)])
@@ -176,7 +182,7 @@ def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Makes a folder with a random two-block model of a type, with a byte tokenizer."""
+    """A function that makes a folder with a random two-block model and a byte tokenizer."""
 
     def make(
         model_type: str = "llama", *, dtype: torch.dtype = torch.float32, **sizes: object
@@ -191,7 +197,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 def write_model(
     folder: Path, model_type: str, *, dtype: torch.dtype = torch.float32, **sizes: object
 ) -> None:
-    """A random two-block model of a type, with a byte tokenizer, always the same."""
+    """Write a random two-block model with a byte tokenizer; the weights are always the same."""
     config = AutoConfig.for_model(
         model_type,
         **{
@@ -210,7 +216,7 @@ def write_model(
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # the usual 0.02 would leave nothing to tell apart
+    for parameter in model.parameters():  # with the usual 0.02, results would hardly differ
         torch.nn.init.normal_(parameter, std=0.2)
     model.to(dtype).save_pretrained(folder)
     save_byte_tokenizer(folder)
@@ -241,7 +247,7 @@ def exported_llama(tiny_llama: Path, store: Store) -> Path:
 
 @pytest.fixture(scope="session")
 def last_logits(tiny_llama: Path, store: Store) -> Path:
-    """The tiny LLaMA's graph that computes the last logits only. Not to be changed."""
+    """A graph of the tiny LLaMA that computes only the last token's logits. Not to be changed."""
 
     def make(folder: Path) -> None:
         exporters.onnx.graph.export(
@@ -253,7 +259,7 @@ def last_logits(tiny_llama: Path, store: Store) -> Path:
 
 @pytest.fixture(scope="session")
 def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
-    """Makes a folder with `model`, a small one of a type pruned to 2:4, and its export `onnx`."""
+    """A function that makes a folder with a small 2:4 model, `model`, and its export, `onnx`."""
 
     def make(model_type: str, folder: Path) -> None:
         (folder / "model").mkdir()
@@ -279,10 +285,10 @@ def exported_two_four(make_model: MakeModel, store: Store) -> Exported:
 
 @pytest.fixture(scope="session")
 def exported_ort(make_model: MakeModel, store: Store) -> Exported:
-    """Makes a bundle with a small model of a type, and its graph `onnx` for ONNX Runtime alone."""
+    """A function that makes a bundle with a small model and its graph for ONNX Runtime alone."""
 
     def produce(folder: Path, model_type: str) -> Json:
-        # Channels of a head that ONNX Runtime's attention can rotate.
+        # Sizes of heads to which ONNX Runtime's attention can apply rotary embeddings.
         wider: dict[str, dict[str, object]] = {
             "opt": {"hidden_size": 64, "word_embed_proj_dim": 64},
             "gemma2": {"head_dim": 16},
@@ -331,7 +337,10 @@ def two_four_bundle(exported_two_four: Exported, store: Store) -> Path:
 
 @pytest.fixture(scope="session")
 def exported_shrunk(make_model: MakeModel, store: Store) -> Exported:
-    """Makes a folder with `model`, a small one whose blocks differ in width, and `onnx`."""
+    """A function that makes a folder with `model` and its export, `onnx`.
+
+    The blocks of the small model differ in width.
+    """
 
     def make(model_type: str, folder: Path) -> None:
         (folder / "model").mkdir()
@@ -355,7 +364,7 @@ def exported_shrunk(make_model: MakeModel, store: Store) -> Exported:
 
 
 def stock_model(folder: Path, **options: object) -> Any:
-    """A model as a user of transformers alone would load it, ready for inference.
+    """Load a model for inference as a user of transformers alone would.
 
     Typed as Any: transformers' own types say that `generate` cannot be called.
     """

@@ -1,8 +1,8 @@
-"""What tests cost: `pytest -p tests.costs` ends with the costliest tests and files.
+"""Processor time of tests: `pytest -p tests.costs` ends with the costliest tests and files.
 
-The processor time of a test is that of its fixtures and of all processes below its own, those that
-still run included; unlike the time on the clock it says something on a loaded machine too. What a
-shared fixture takes is counted where it is first asked for.
+The time of a test includes its fixtures and all descendant processes, also those that still run.
+Unlike wall-clock time it is meaningful on a loaded machine too. The time of a shared fixture is
+counted for the test that asks for it first.
 """
 
 import os
@@ -17,12 +17,12 @@ _SHOWN = 20
 _COST = "processor seconds"
 _TICK = os.sysconf("SC_CLK_TCK")
 
-# What had been spent when the last report was made, or when the tests had been imported.
+# Processor seconds spent until the last report, or until the tests had been imported.
 _BEFORE = pytest.StashKey[float]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What importing the tests takes is of none of them."""
+    """Start counting after the imports, which belong to no test."""
     session.stash[_BEFORE] = processor_seconds()
 
 
@@ -30,7 +30,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Give every report what was spent since the one before; xdist carries it to the end."""
+    """Add to a report the processor time since the last one; xdist passes it to the summary."""
     report = yield
     now = processor_seconds()
     report.user_properties.append((_COST, now - item.session.stash[_BEFORE]))
@@ -39,12 +39,12 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print sums and the costliest."""
+    """Print the totals, and the costliest files and tests."""
     tests: Counter[str] = Counter()
     clock: defaultdict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
-            # The reports of a test's phases have all properties of those before.
+            # The report of a phase of a test has the properties of the earlier phases too.
             spent = [
                 value for name, value in getattr(report, "user_properties", ()) if name == _COST
             ]
@@ -69,22 +69,25 @@ def _file(test: str) -> str:
 
 
 def processor_seconds() -> float:
-    """Of this process and all below it, and of those of their children that have ended."""
+    """Return the processor time of this process and its descendants, ended children included."""
     return _ticks(Path("/proc/self")) / _TICK
 
 
 def _ticks(process: Path) -> int:
-    """The same of any process; what looks at all of the machine takes as long as a small test."""
+    """Return the processor time of a process and its descendants, in clock ticks.
+
+    Only the process tree is read: a scan of all processes takes as long as a small test.
+    """
     fields = _read(process / "stat").rpartition(")")[2].split()
     children: list[str] = []
-    with suppress(OSError):  # it has just ended, or a thread of it
+    with suppress(OSError):  # the process, or a thread of it, has just ended
         for thread in (process / "task").iterdir():
             children += _read(thread / "children").split()
     return sum(map(int, fields[11:15])) + sum(_ticks(Path("/proc", one)) for one in children)
 
 
 def _read(path: Path) -> str:
-    """A file of a process or a thread; empty where that has just ended."""
+    """Return a file of a process or thread in /proc; empty if that has just ended."""
     with suppress(OSError):
         return path.read_text()
     return ""

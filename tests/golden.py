@@ -1,7 +1,8 @@
-"""The golden instance: a fixed small layer whose losses were worked out independently.
+"""The golden instance: a fixed small layer whose losses were computed independently.
 
-All figures are losses 1/2 tr(E H E^T) with the damped H = 2 X X^T + 0.01 mean(diag) I, in
-float64, made with explicit inverses of every trailing Hessian rather than with a factorisation.
+The reference losses are 1/2 tr(E H E^T) with the damped H = 2 X X^T + 0.01 mean(diag) I, in
+float64. They were computed with an explicit inverse of every trailing Hessian, not with a
+factorisation.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from thanos_deploy.solver.layer import LayerProblem
 
 
 def golden_problem() -> LayerProblem:
-    """float64 weight [16, 64] and H0 = 2 X X^T from 256 correlated tokens."""
+    """Return a float64 weight [16, 64] and H0 = 2 X X^T from 256 correlated tokens."""
     rng = np.random.default_rng(0)
     rows, cols, tokens = 16, 64, 256
     x = rng.standard_normal((cols, tokens))
@@ -26,18 +27,18 @@ def golden_problem() -> LayerProblem:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H0 + 0.01 mean(diag H0) I."""
+    """Return H0 + 0.01 mean(diag H0) I."""
     return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
 
 
 def loss(problem: LayerProblem, new_weight: Tensor) -> float:
-    """1/2 tr(E H E^T) with the damped H."""
+    """Return 1/2 tr(E H E^T) with the damped H."""
     change = new_weight - problem.weight
     return 0.5 * ((change @ damped(problem.hessian)) * change).sum().item()
 
 
 def random_problem(seed: int, rows: int = 6, cols: int = 16, tokens: int = 64) -> LayerProblem:
-    """Correlated float64 inputs with channels of unequal size."""
+    """Return a random float64 layer; its inputs are correlated and differ in scale."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(cols, cols, generator=g, dtype=torch.float64)
     x = mix @ torch.randn(cols, tokens, generator=g, dtype=torch.float64)

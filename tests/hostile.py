@@ -1,4 +1,4 @@
-"""A bundle in which everything that a user or a model names is hostile."""
+"""A bundle in which every text that comes from a user or a model is hostile."""
 
 import json
 from dataclasses import replace
@@ -13,12 +13,12 @@ HOSTILE = (
     "\"quoted\" 'single' &amp; {{ 7 * 7 }} ![i](http://x.example/i) [l](javascript:alert(1)) ``` "
     "`c` <http://x.example> | *b* $x^2$ \\"
 )
-# The same on lines that would begin a heading and a block of code.
+# The same text on lines that would begin a heading and a block of code.
 HOSTILE_LINES = f"{HOSTILE}\n\n# {HOSTILE}\n    {HOSTILE}"
 
 
 def write_hostile_bundle(folder: Path) -> Path:
-    """Such a bundle, in that folder."""
+    """Write the hostile bundle into a folder, and return the folder."""
     source = replace(bundles.SOURCE, name=HOSTILE, revision=HOSTILE)
     document = run(status="INVALID", reasons=(HOSTILE,))
     document["environment"]["processor"] = HOSTILE

@@ -1,4 +1,4 @@
-"""Several ranks, each forked from one process that has imported everything."""
+"""Run several ranks, each forked from one process that has imported everything."""
 
 import os
 import socket
@@ -18,7 +18,12 @@ from thanos_deploy.solver import triangular
 
 
 class RunningRanks:
-    """Processes that find in their environment what torchrun would have put there."""
+    """Processes that have the environment variables which torchrun would set.
+
+    Attributes:
+        address: host and port at which the ranks meet.
+        processes: the started processes, by rank.
+    """
 
     def __init__(
         self,
@@ -29,15 +34,15 @@ class RunningRanks:
         environment: Mapping[str, str] | None = None,
         only: int | None = None,
     ) -> None:
-        """Start them.
+        """Start the ranks.
 
         Args:
-            count: how many.
-            only: start this one alone, whose others never come.
-            work: what each does; a function of a module.
-            arguments: of it.
-            errors: folder for what each writes to standard error, in a file of its number.
-            environment: variables beside those of this process.
+            count: number of ranks.
+            work: function that each rank calls; the rank imports it by its module.
+            arguments: arguments of `work`.
+            errors: folder for the standard error of each rank, in a file named by its number.
+            environment: environment variables, in addition to those of this process.
+            only: start this rank alone; the others never join.
         """
         errors.mkdir(parents=True, exist_ok=True)
         self.address = f"127.0.0.1:{_free_port()}"
@@ -59,7 +64,10 @@ class RunningRanks:
             self.processes.append(process)
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Their exit codes; None for one that is not done within this time, and is killed."""
+        """Wait for each rank in turn, for at most some seconds each, and return the exit codes.
+
+        A rank that still runs then is killed; its exit code is None.
+        """
         for process in self.processes:
             process.join(seconds)
         codes = [process.exitcode for process in self.processes]
@@ -69,13 +77,13 @@ class RunningRanks:
 
 
 def write_text(path: Path) -> Path:
-    """A calibration text that is read at once, unlike the built-in one."""
+    """Write a short calibration text, which is read faster than the built-in one."""
     path.write_text(" ".join(str(number * number) for number in range(500)))
     return path
 
 
 def make_small() -> None:
-    """Cut what is small into as many parts as what is large, and compute with one thread."""
+    """Split small work into several parts, as large work is split, and compute on one thread."""
     shards.TOKENS_PER_BATCH = 128
     spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
     triangular._SMALL, triangular._PART = 8, 4
@@ -85,7 +93,7 @@ def make_small() -> None:
 
 
 def command(*arguments: str) -> None:
-    """Run `thanos-deploy`."""
+    """Run `thanos-deploy` in this process, with the sizes of `make_small`."""
     make_small()
     sys.argv = ["thanos-deploy", *arguments]
     cli.main()

@@ -1,4 +1,4 @@
-"""What several test processes share: each thing is made once, by the first that asks for it."""
+"""Folders that test processes share; each is made once, by the first that asks for it."""
 
 import os
 import shutil
@@ -10,20 +10,20 @@ from filelock import FileLock
 
 
 class Store:
-    """Folders that all test processes of a run see, and none may change."""
+    """Folders that all test processes of a run share. Not to be changed."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         base = factory.getbasetemp()
-        # With pytest-xdist, every process has a folder of its own in one of the whole run.
+        # With pytest-xdist, every process has its own folder inside the folder of the run.
         self._folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
         self._folder.mkdir(exist_ok=True)
 
     def folder(self, name: str, make: Callable[[Path], object]) -> Path:
-        """The folder of that name.
+        """Return the folder of a name, after making it if it is missing.
 
         Args:
-            name: what to call it.
-            make: fills an empty folder, if it is not there yet.
+            name: name of the folder.
+            make: fills the empty folder; called only if the folder is missing.
         """
         done = self._folder / name
         with FileLock(self._folder / f"{name}.lock"):

@@ -1,4 +1,4 @@
-"""Dense and pruned models in the runtimes that people use, at equal bits; see `__main__`.
+"""Compare dense and pruned models in common runtimes, at equal bits; see `__main__`.
 
 models     the models: dense, pruned, quantised
 subjects   a model as the files that one runtime reads

@@ -10,15 +10,15 @@ the dense one is exported in fp32, in int8 (rounded) and in int4 (error-compensa
 q4_0; in fp32 for OpenVINO, with a neutral graph. The dense model is also measured as other tools
 quantise it: in q4_0 by llama.cpp, and in int4 by the builder of ORT-GenAI.
 
-The perplexity of each is computed by its runtime from these files. Then all take turns in one
-process: each reads a prompt and continues it greedily. The machine has to be idle for that; the run
-is VALID, or INVALID with reasons.
+The runtime itself computes the perplexity of each of these models from its files. Then all models
+take turns in one process: each reads a prompt and continues it greedily. The machine has to be idle
+for that; the run is VALID, or INVALID with reasons.
 
 Writes RESULTS/comparison.json, from which the README's picture is drawn (`python -m docs.generate`)
 and prints the table. OUT keeps everything else (about 3 GB for each pattern and for the dense
-model): repeating the command continues, and only the turns are taken again. With --make it stops
-before these, so that they can be taken on a quiet machine later. With --table nothing is measured,
-and what is published is put into docs/choose.md and README.md.
+model): repeating the command continues, and repeats only the timing. With --make the command stops
+before the timing, which can follow later on a quiet machine. With --table nothing is measured: the
+published results are written into docs/choose.md and README.md.
 """
 
 import argparse
@@ -55,7 +55,7 @@ COMMAND = "python -m benchmarks.comparison --table"
 
 
 def main() -> None:
-    """Make, judge, time, print."""
+    """Make the models, compute perplexities, time them, and print the table."""
     arguments = _parser().parse_args()
     if arguments.table:
         publish()
@@ -72,14 +72,14 @@ def main() -> None:
 
 
 def publish() -> None:
-    """Put what is in the results into the pages."""
+    """Write the published results into the pages."""
     published = read()
     pages.rewrite(ROOT / "docs" / "choose.md", COMMAND, section(published))
     pages.rewrite(ROOT / "README.md", COMMAND, headline(published))
 
 
 def compared(arguments: argparse.Namespace, announce: Announce) -> Comparison | None:
-    """All that was asked for; None where it was only to be made."""
+    """Make and measure all models; return None with --make, which stops before the timing."""
     dense = Dense(arguments.model or str(gguf_path()))
     found = list(_subjects(arguments, dense, announce))
     ids, frame, origin = _segments(arguments, dense)
@@ -125,7 +125,7 @@ def compared(arguments: argparse.Namespace, announce: Announce) -> Comparison | 
 
 
 def _subjects(arguments: argparse.Namespace, dense: Dense, announce: Announce) -> Iterator[Subject]:
-    """Everything to be measured; the dense model in fp32 on ONNX Runtime comes first."""
+    """Yield everything to measure; the dense model in fp32 on ONNX Runtime comes first."""
     calibration = {name: getattr(arguments, name) for name in ("calib", "nsamples", "seqlen")}
     making = Making(
         out=arguments.out,
@@ -153,7 +153,7 @@ def _subjects(arguments: argparse.Namespace, dense: Dense, announce: Announce) -
 
 
 def _segments(arguments: argparse.Namespace, dense: Dense) -> tuple[Tensor, int, str]:
-    """What everything is judged on: the ids, the length of their frame, and where they are from."""
+    """Return the segments for the perplexities, the length of their frame, and the text's name."""
     checkpoint = dense.checkpoint()
     text = open_text(arguments.eval_text, "text", held_out=True)
     ids, _, frame = segments_for(
@@ -163,7 +163,7 @@ def _segments(arguments: argparse.Namespace, dense: Dense) -> tuple[Tensor, int,
 
 
 def _without_paths(arguments: argparse.Namespace) -> str:
-    """What was asked for, so that it can be repeated; folders of the machine are left out."""
+    """Return the arguments with which to repeat the run, without folders of this machine."""
     said = ["OUT", "--patterns", *arguments.patterns, "--preset", arguments.preset]
     for name in ("calib", "eval_text"):
         if (given := getattr(arguments, name)) != BUILTIN:

@@ -1,7 +1,7 @@
-"""Which models are the fastest or the smallest for their perplexity, and sentences about it.
+"""The Pareto fronts of perplexity and cost, and sentences about them.
 
-Costs are known up to an interval, so `pareto.dominates` decides: a model that is worse in
-perplexity is on the front if it is shown to cost less than every better one.
+A cost is known only up to an interval. A model with a worse perplexity is therefore on the front
+only if it is shown to cost less than every model with a better one; see `pareto.dominates`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ _MOST = {"decode": "fastest in decode", "prefill": "fastest in prefill", "size":
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Accepted perplexities at which models of one kind are best.
+    """A range of accepted perplexities in which the best models are all pruned, or all dense.
 
     Attributes:
-        low: the least of them.
-        high: where it ends; None where it does not.
-        rows: the models, better perplexities first.
+        low: lower end of the range.
+        high: upper end of the range; None if there is none.
+        rows: the models, in order of increasing perplexity.
     """
 
     low: float
@@ -35,7 +35,7 @@ class Span:
 
     @property
     def pruned(self) -> bool:
-        """The models are pruned."""
+        """Whether the models are pruned."""
         return self.rows[0].pruned
 
     def __str__(self) -> str:
@@ -44,9 +44,9 @@ class Span:
 
 
 def point(row: Row, cost: Cost, baseline: Row) -> PlotPoint:
-    """A row as a pair of perplexity and cost: milliseconds, or megabytes.
+    """Return a row as a point of perplexity and cost, in milliseconds or megabytes.
 
-    The interval of a time is that of its ratio to the baseline, times the baseline's median.
+    The interval of a time is the interval of its ratio to the baseline times the baseline's median.
     """
     if cost == "size":
         size = row.bytes / 1e6
@@ -58,18 +58,18 @@ def point(row: Row, cost: Cost, baseline: Row) -> PlotPoint:
 
 
 def points(rows: Sequence[Row], cost: Cost) -> list[PlotPoint]:
-    """All rows; the first one is the baseline."""
+    """Return the points of all rows; the first row is the baseline."""
     return [point(row, cost, rows[0]) for row in rows]
 
 
 def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
-    """The rows that no other dominates, better perplexities first."""
+    """Return the rows that no other row dominates, in order of increasing perplexity."""
     by_name = {row.name: row for row in rows}
     return [by_name[one.label] for one in pareto.front(points(rows, cost))]
 
 
 def spans(best: Sequence[Row]) -> list[Span]:
-    """A front as ranges of accepted perplexities, by whether the best is pruned."""
+    """Split a front into ranges in which all models are pruned, or all are dense."""
     groups = [tuple(group) for _, group in groupby(best, key=lambda row: row.pruned)]
     ends = [group[0].perplexity for group in groups[1:]]
     return [
@@ -79,7 +79,7 @@ def spans(best: Sequence[Row]) -> list[Span]:
 
 
 def sentence(rows: Sequence[Row], cost: Cost) -> str:
-    """What a front says, to somebody who knows neither the runtimes nor this project."""
+    """Say what a front shows, for readers who know neither the runtimes nor this project."""
     found = spans(front(rows, cost))
     most = _MOST[cost]
     pruned, dense = ([span for span in found if span.pruned is one] for one in (True, False))
@@ -101,7 +101,7 @@ def sentence(rows: Sequence[Row], cost: Cost) -> str:
 
 
 def shown(row: Row, cost: Cost) -> str:
-    """A cost with its unit."""
+    """Return a cost with its unit."""
     if cost == "size":
         return f"{row.bytes / 1e6:.0f} MB"
     return f"{getattr(row, cost).median * 1e3:.1f} ms"

@@ -1,4 +1,4 @@
-"""Perplexity of every subject's files, and times in turns in one process."""
+"""Compute the perplexity of every subject, and time all subjects in turns in one process."""
 
 import json
 import time
@@ -25,11 +25,11 @@ class Timing:
     """How subjects are timed.
 
     Attributes:
-        prompt: the ids that all of them read.
-        new_tokens: that each writes after them.
-        rounds: that count.
-        threads: that compute.
-        pause: seconds before each turn.
+        prompt: token IDs that each subject reads.
+        new_tokens: number of tokens that each subject generates after the prompt.
+        rounds: number of rounds that count.
+        threads: number of threads that compute.
+        pause: seconds to wait before each turn.
     """
 
     prompt: tuple[int, ...]
@@ -48,15 +48,15 @@ def perplexities(
     kept: Path,
     announce: Announce,
 ) -> list[float]:
-    """As each runtime computes it, one after the other; those that are kept are taken.
+    """Return the perplexity of each subject, computed by its runtime or by an earlier call.
 
     Args:
-        subjects: what is judged.
-        segments: int64[count, length].
-        frame: how many tokens at the beginning of each are its frame.
-        threads: of runtimes that are told; the others take all cores.
-        kept: folder of what was computed.
-        announce: told of every segment.
+        subjects: the subjects to evaluate.
+        segments: token IDs, int64[count, length].
+        frame: number of tokens at the beginning of each segment that are its frame.
+        threads: number of threads, where a runtime accepts it; the others use all cores.
+        kept: folder of the perplexities computed so far, which are not computed again.
+        announce: gets the progress, segment by segment.
     """
     kept.mkdir(parents=True, exist_ok=True)
     found = []
@@ -77,10 +77,10 @@ def perplexities(
 def rows(
     subjects: Sequence[Subject], judged: Sequence[float], timing: Timing, announce: Announce
 ) -> tuple[list[Row], list[str], Stillness]:
-    """Time all subjects in turns; the first one is what ratios are to.
+    """Time all subjects in turns; ratios are relative to the first one.
 
     Returns:
-        the rows, reasons why their times do not count, and whether the machine held still.
+        The rows, the reasons why their times do not count, and how undisturbed the machine was.
     """
     most = len(timing.prompt) + timing.new_tokens
     begins = {one.timed: runtimes.opened(one.timed, timing.threads, most) for one in subjects}
@@ -109,13 +109,13 @@ def rows(
 def _samples(
     turns: Sequence[dict[str, Turn]], subject: Subject, baseline: Subject, what: str
 ) -> tuple[list[float], list[float] | None]:
-    """Of a subject, and of the baseline unless it is that."""
+    """Return the samples of a subject, and of the baseline unless it is the baseline."""
     own, its = ([getattr(one[who.timed], what) for one in turns] for who in (subject, baseline))
     return own, None if subject is baseline else its
 
 
 def times(samples: Sequence[float], baseline: Sequence[float] | None) -> Times:
-    """What samples show, one a round, beside those of the baseline, which is None itself."""
+    """Summarise samples, one per round, against the baseline's; None if they are the baseline's."""
     rounds = len(samples)
     return Times(
         statistics.summarise(samples).median,
@@ -126,7 +126,7 @@ def times(samples: Sequence[float], baseline: Sequence[float] | None) -> Times:
 
 
 def drifts(baseline: Row) -> list[str]:
-    """Where the baseline did not stay what it was."""
+    """Describe the times of the baseline that drifted during the run."""
     return [
         f"{what}: {baseline.name} drifted by {moved.change:+.1%} from the first third of the "
         f"rounds to the last (limit {statistics.MOST_DRIFT:.0%})"

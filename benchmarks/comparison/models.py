@@ -1,7 +1,7 @@
 """The models: dense, pruned, and quantised with error compensation.
 
-Each is a folder of a model, and where it was quantised so, one with its codes. What is in the
-output folder already is taken: a bundle goes on where it was interrupted.
+Each model is a folder; a model that was quantised with error compensation has a second folder with
+its codes. Models that exist in the output folder are used, and an interrupted bundle is continued.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune import prune
 from thanos_deploy.stages.request import PruneRequest
 
-# Of the weights, by what the exports of graphs call them.
+# dtypes of the weights, by their names in graph exports.
 Dtype = Literal["fp32", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "int8", "int4")
 
@@ -32,12 +32,12 @@ class Weights:
     """The weights that exports of one dtype are made from.
 
     Attributes:
-        model: "dense", or the pattern that it was pruned to.
-        dtype: of the exports.
-        way: how the weights come to these bits.
-        folder: the model, in the values that it has before an export rounds any.
-        codes: folder with the codes that exports keep; None where there are none.
-        source: name and hash of the folder's content.
+        model: "dense", or the pattern that the model was pruned to.
+        dtype: dtype of the exports.
+        way: how the weights are brought to this dtype.
+        folder: folder of the model, with the weights as they are before an export rounds them.
+        codes: folder with the codes that exports keep; None if there are none.
+        source: name and hash of the content of `folder`.
     """
 
     model: str
@@ -49,19 +49,19 @@ class Weights:
 
     @property
     def slug(self) -> str:
-        """A name for files."""
+        """The name for files and folders."""
         return f"{self.model}-{self.dtype}-{self.way}".replace(":", "-")
 
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """How models are made.
+    """Settings with which the models are made.
 
     Attributes:
         out: folder for the bundles.
-        given: options of `prune` for every pattern, by their keywords.
-        calibration: those of them that quantising takes too.
-        compensated: dtypes whose errors are compensated for; the others are rounded.
+        given: options of `prune` for every pattern, by keyword.
+        calibration: those options of `given` that quantisation needs too.
+        compensated: dtypes to quantise with error compensation; the others are rounded.
     """
 
     out: Path
@@ -71,7 +71,7 @@ class Making:
 
 
 def dense_weights(dense: Dense, making: Making, announce: Announce) -> Iterator[Weights]:
-    """Of the dense model; where errors are compensated for, also rounded, as everybody has it."""
+    """Yield the weights of the dense model; compensated ones come in rounded form too."""
     folder = dense.checkpoint(announce).folder
     for one in _weights(DENSE, dense, folder, making, announce):
         if one.way == "compensated":
@@ -82,7 +82,7 @@ def dense_weights(dense: Dense, making: Making, announce: Announce) -> Iterator[
 def pruned_weights(
     pattern: str, dense: Dense, making: Making, announce: Announce
 ) -> Iterator[Weights]:
-    """Of a pattern that the model is pruned to now, unless it is there."""
+    """Prune the model to a pattern, unless that is done, and yield its weights."""
     folder = making.out / pattern.replace(":", "-")
     with claim(folder, dense.source) as bundle:
         request = PruneRequest.of(parse(pattern), **making.given)
@@ -91,7 +91,7 @@ def pruned_weights(
 
 
 def bundle_weights(path: Path, making: Making, announce: Announce) -> Iterator[Weights]:
-    """Of a bundle; one that is quantised is exported in the bits that it has."""
+    """Yield the weights of a bundle; a quantised one is exported only in its own dtype."""
     bundle = Bundle.open(path)
     bundle.require(layout.PRUNE, "`thanos-deploy prune`")
     options = bundle.options(PRUNE)
@@ -119,7 +119,7 @@ def _weights(
 def _compensated(
     model: str, dtype: Dtype, source: Dense, making: Making, announce: Announce
 ) -> Weights:
-    """The weights of a model in codes, of which none is pruned that was not before."""
+    """Quantise a model with error compensation, without pruning any further weight."""
     folder = making.out / f"{model.replace(':', '-')}-{dtype}"
     request = PruneRequest.of(
         Unstructured(0.0),

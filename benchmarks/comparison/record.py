@@ -16,23 +16,23 @@ PATH = Path(__file__).parents[1] / "results" / "comparison.json"
 
 Runtime = Literal["ONNX Runtime", "llama.cpp", "OpenVINO", "ORT-GenAI"]
 
-# What a graph and a GGUF file call types of so many bits.
+# Names of the weight types, in graphs and in GGUF files.
 Bits = Literal["fp32", "int8", "int4", "f32", "q8_0", "q4_0"]
 
-# How the weights came to these bits: they had them; each was rounded; or errors were compensated
-# for, by `prune --quantize`.
+# How the weights got this type: unchanged, each rounded by itself, or quantised with error
+# compensation by `prune --quantize`.
 Way = Literal["exact", "rounded", "compensated"]
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one thing that a model was timed at.
+    """Seconds of the prefill, or of the decode, of one model.
 
     Attributes:
-        median: of the rounds.
-        ratio: to the baseline's median, with its interval; None for the baseline.
-        drift: from the first rounds to the last; None where there were fewer than 6.
-        samples: one a round; none where they were not kept.
+        median: median over the rounds.
+        ratio: ratio to the baseline's median, with its confidence interval; None for the baseline.
+        drift: change from the first third of the rounds to the last; None for fewer than 6 rounds.
+        samples: one sample per round; empty if they were not kept.
     """
 
     median: float
@@ -46,14 +46,14 @@ class Row:
     """One model in one runtime.
 
     Attributes:
-        model: "dense", or the pattern that it was pruned to.
-        bits: of most weights.
-        way: how they came to these bits.
-        runtime: "ONNX Runtime" is this project's own way to run it.
-        bytes: of the files that it reads.
+        model: "dense", or the pattern that the model was pruned to.
+        bits: type of most weights.
+        way: how the weights got this type.
+        runtime: the runtime; "ONNX Runtime" stands for this project's own runtime, which uses it.
+        bytes: total size of the files that the runtime reads.
         perplexity: see `Conditions.judge`.
-        prefill: of the whole prompt.
-        decode: of one token after it.
+        prefill: times of the whole prompt.
+        decode: times of one token after the prompt.
     """
 
     model: str
@@ -67,34 +67,34 @@ class Row:
 
     @property
     def pruned(self) -> bool:
-        """It is not the dense model."""
+        """Whether the model is pruned."""
         return self.model != DENSE
 
     @property
     def weights(self) -> str:
-        """The model and its weights; rounding, the usual way, is not said."""
+        """The model and the type of its weights; rounding, the usual way, is not mentioned."""
         return f"{self.model} {self.bits}{' compensated' if self.way == 'compensated' else ''}"
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
+        """The name of the row, different from all others."""
         return f"{self.weights} on {self.runtime}"
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What all rows have in common.
+    """Conditions that all rows share.
 
     Attributes:
         model, model_sha256: name and hash of the dense model.
-        text: what perplexities are of.
-        segments, length: how many segments of it, and tokens of each.
-        judge: what computed them.
-        prompt, new_tokens: tokens that are read, and written one by one.
-        rounds: that count.
-        threads: that computed.
-        command: that measured.
-        date: of that.
+        text: the text on which perplexities are computed.
+        segments, length: number of its segments, and of tokens in each.
+        judge: what computed the perplexities.
+        prompt, new_tokens: number of tokens in the prompt, and of tokens generated after it.
+        rounds: number of rounds that count.
+        threads: number of threads that computed.
+        command: command that measured.
+        date: date of the run.
     """
 
     model: str
@@ -113,16 +113,16 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A run.
+    """The results of a run.
 
     Attributes:
-        format: of this record.
-        status: whether its times count.
-        reasons: why they do not.
-        conditions: under which they were measured.
-        environment: what they were measured on.
-        machine: whether that held still.
-        rows: the baseline first, which is the dense model in fp32.
+        format: format and version of this record.
+        status: whether the times count.
+        reasons: why the times do not count.
+        conditions: conditions of the measurement.
+        environment: machine and software of the measurement.
+        machine: how undisturbed the machine was.
+        rows: the rows; the baseline, which is the dense model in fp32, comes first.
     """
 
     format: Literal["thanos-deploy/comparison/1"] = FORMAT
@@ -134,10 +134,10 @@ class Comparison:
     rows: tuple[Row, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        """Refuse rows that cannot be told apart, and a run without a baseline.
+        """Refuse rows of equal name, and a run without a baseline.
 
         Raises:
-            ValueError: there are such, or there is none.
+            ValueError: two rows have the same name, or the first row is not the baseline.
         """
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
@@ -147,9 +147,9 @@ class Comparison:
 
 
 def read(path: Path = PATH) -> Comparison:
-    """The results in a file.
+    """Read the results from a file.
 
     Raises:
-        InputError: it holds something else.
+        InputError: the file holds something else.
     """
     return files.read_record(path, Comparison)

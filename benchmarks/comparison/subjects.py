@@ -1,8 +1,8 @@
-"""A model as the files that one runtime reads; what is there already is not made again.
+"""Make the files that each runtime reads; files that exist are not made again.
 
-Timed is a graph that computes the last logits only, as generating text needs it and as llama.cpp
-does. Perplexity needs the logits after every token: it is that of a second graph, with the same
-operators and, which is checked, the same file of weights.
+The graph that is timed computes only the last logits, as text generation needs and as llama.cpp
+does. Perplexity needs the logits after every token, so it is computed with a second graph. That one
+has the same operators, and a check makes sure that its file of weights is the same.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ from thanos_deploy.pruning.codes import Codes
 
 Result = TypeVar("Result")
 
-# dtype of a graph -> GGUF's name for the type of as many bits, and the exporter's.
+# Maps a dtype of graphs to the GGUF type of equal bits: GGUF's name and our exporter's name.
 GGUF: dict[Dtype, tuple[Bits, GgufDtype]] = {
     "fp32": ("f32", "fp32"),
     "int8": ("q8_0", "q8_0"),
@@ -41,13 +41,13 @@ GGUF: dict[Dtype, tuple[Bits, GgufDtype]] = {
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured.
+    """One model in one runtime, to be measured.
 
     Attributes:
         model, bits, way, runtime: see `record.Row`.
-        timed: what to open for its times, as `benchmarks.runtimes` spells it.
-        judged: the same for its perplexity.
-        read: files that the runtime reads, of which the size counts.
+        timed: what to open for the times, in the spelling of `benchmarks.runtimes`.
+        judged: what to open for the perplexity, in the same spelling.
+        read: files that the runtime reads; their total size is reported.
     """
 
     model: str
@@ -60,11 +60,11 @@ class Subject:
 
     @property
     def bytes(self) -> int:
-        """Of the files that the runtime reads."""
+        """Total size of the files that the runtime reads."""
         return sum(path.stat().st_size for path in self.read)
 
     def row(self, perplexity: float, prefill: Times, decode: Times) -> Row:
-        """The subject with its figures."""
+        """Return the row of this subject with its figures."""
         return Row(
             model=self.model,
             bits=self.bits,
@@ -78,7 +78,7 @@ class Subject:
 
 
 def ours(weights: Weights, out: Path, announce: Announce) -> Subject:
-    """On ONNX Runtime, with its own attention where that fits."""
+    """Export weights for ONNX Runtime, with its own attention where that fits."""
     timed, judged = _graphs(weights, "ort", out, announce)
     places = str(timed), str(judged)
     return Subject(
@@ -87,7 +87,7 @@ def ours(weights: Weights, out: Path, announce: Announce) -> Subject:
 
 
 def openvino(weights: Weights, out: Path, announce: Announce) -> Subject:
-    """On OpenVINO, from the graph that every runtime takes."""
+    """Export weights for OpenVINO, as the neutral graph that every runtime accepts."""
     timed, judged = _graphs(weights, "neutral", out, announce)
     places = f"openvino:{timed / ONNX / GRAPH}", f"openvino:{judged / ONNX / GRAPH}"
     return Subject(
@@ -96,7 +96,7 @@ def openvino(weights: Weights, out: Path, announce: Announce) -> Subject:
 
 
 def llama_cpp(weights: Weights, out: Path, announce: Announce) -> Subject:
-    """On llama.cpp, which rounds by itself where there are no codes to keep."""
+    """Export weights as GGUF for llama.cpp; the export rounds weights that have no codes."""
     bits, dtype = GGUF[weights.dtype]
     model = Checkpoint.open(weights.folder)
 
@@ -115,7 +115,7 @@ def llama_cpp(weights: Weights, out: Path, announce: Announce) -> Subject:
 
 
 def genai_builder(weights: Weights, out: Path, announce: Announce) -> Subject:
-    """On ORT-GenAI, from the checkpoint, by ORT-GenAI's own builder, which rounds by itself."""
+    """Export a checkpoint with ORT-GenAI's own builder, which rounds the weights itself."""
     model = Checkpoint.open(weights.folder)
 
     def write(folder: Path) -> Nothing:
@@ -153,7 +153,7 @@ def _stage(
     result: type[Result],
     options: object,
 ) -> Path:
-    """The folder of the one stage of a bundle of its own, written unless that is done."""
+    """Return the folder of the only stage of a bundle; write the stage unless that is done."""
     place = out / "files" / f"{weights.slug}-{name}"
     with claim(place, weights.source) as bundle:
         write_stage(
@@ -170,10 +170,10 @@ def _stage(
 
 
 def _graphs(weights: Weights, graph: Graph, out: Path, announce: Announce) -> tuple[Path, Path]:
-    """Bundles with the graph to time and the graph to judge.
+    """Return the bundle of the graph to time, and of the graph for the perplexity.
 
     Raises:
-        GateError: they have different weights.
+        GateError: the two graphs have different weights.
     """
     timed, judged = (_graph(weights, graph, logits, out, announce) for logits in _LOGITS)
     if timed.graph_sha256[_DATA] != judged.graph_sha256[_DATA]:
@@ -208,12 +208,12 @@ def _graph(weights: Weights, graph: Graph, logits: Logits, out: Path, announce: 
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
-    """The graph and its weights."""
+    """Return the files of the graph and of its weights."""
     return tuple(sorted(path for path in folder.iterdir() if path.name.startswith(GRAPH)))
 
 
 def hashes(subject: Subject) -> Iterator[str]:
-    """Of all that the runtime reads to be judged."""
+    """Return the hashes of all files that the runtime reads for the perplexity."""
     kind, _, rest = subject.judged.partition(":")
     path = Path(rest).parent if kind == "openvino" else Path(subject.judged)
     found = [path] if path.is_file() else sorted(path.rglob("*.onnx*"))

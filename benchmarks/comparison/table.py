@@ -10,7 +10,7 @@ _HEADS = (
 
 
 def section(comparison: Comparison) -> str:
-    """How it was measured, what each front says, and a line for each row."""
+    """Return the conditions, a sentence about each front, and a table of the rows."""
     rows = comparison.rows
     best = {cost: {row.name for row in front(rows, cost)} for cost in COSTS}
     lines = [
@@ -31,7 +31,7 @@ def section(comparison: Comparison) -> str:
 
 
 def conditions(comparison: Comparison) -> str:
-    """What was measured, on what, and whether it counts."""
+    """Say what was measured, on which machine, and whether the times count."""
     found, machine = comparison.conditions, comparison.environment
     status: str = comparison.status
     if comparison.reasons:
@@ -46,7 +46,7 @@ def conditions(comparison: Comparison) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """One sentence for those who read nothing else."""
+    """Return the sentence about decode, as a summary for the README."""
     return sentence(comparison.rows, "decode") + "\n"
 
 

@@ -23,16 +23,16 @@ from thanos_deploy.bundle.files import read_record, write_json
 from thanos_deploy.machine import environment
 from thanos_deploy.machine.environment import Environment
 
-# An input that takes longer, or more memory, is a finding.
+# An input that takes more time or memory than this is a finding.
 _INPUT_SECONDS, _MEGABYTES = 30, 2048
-# Above the longest well-formed input, below what only takes time.
+# Bytes: above the longest well-formed input; longer inputs would only take time.
 _LONGEST_INPUT = 1 << 15
 
 
-# A parser that took so much processor time without a finding is done.
+# A parser is done after this much processor time without a finding.
 _ENOUGH_MINUTES = 30
 
-# After so many seconds what a run found is written down.
+# Length of one run; the results are written after each run.
 _RUN_SECONDS = 300
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -41,13 +41,13 @@ COMMAND = "python -m benchmarks.fuzzing"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the runs over one parser came to.
+    """Result of the runs over one parser.
 
     Attributes:
-        inputs: that were tried.
-        edges: of the control flow that they reached.
-        seconds: of processor time that they took.
-        found: the last lines of what was said of a finding; empty if there was none.
+        inputs: number of inputs that were tried.
+        edges: number of control-flow edges that the inputs reached.
+        seconds: processor time of the runs.
+        found: last lines of the output of a run with a finding; empty without one.
     """
 
     inputs: int = 0
@@ -56,7 +56,7 @@ class Outcome:
     found: str = ""
 
     def after(self, earlier: "Outcome") -> "Outcome":
-        """Together with earlier runs; what these found may be mended since, and counts no more."""
+        """Add earlier runs, but not their findings, which may have been fixed since."""
         return Outcome(
             earlier.inputs + self.inputs,
             max(earlier.edges, self.edges),
@@ -67,13 +67,22 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """Those of all parsers, by name."""
+    """Results of all parsers.
+
+    Attributes:
+        environment: machine and software of the last run.
+        parsers: maps the name of a parser to its result.
+    """
 
     environment: Environment = field(default_factory=environment.describe)
     parsers: Mapping[str, Outcome] = field(default_factory=dict)
 
     def plus(self, name: str, outcome: Outcome) -> "Outcomes":
-        """With one more run; one with a finding begins anew, so that minutes are those without."""
+        """Add one more run.
+
+        The count starts anew with a run that has a finding, and with the run after it, so that the
+        minutes are those without a finding.
+        """
         earlier = self.parsers.get(name, Outcome())
         joined = outcome if outcome.found or earlier.found else outcome.after(earlier)
         return replace(
@@ -82,7 +91,7 @@ class Outcomes:
 
 
 def table(outcomes: Outcomes) -> str:
-    """The outcomes in Markdown."""
+    """Return the results as a Markdown table."""
     lines = [
         "| parser | inputs | edges reached | processor minutes without a finding | |",
         "|---|---|---|---|---|",
@@ -102,13 +111,14 @@ def run(name: str, seconds: float, kept: Path) -> Iterator[Outcome]:
     """Fuzz one parser until something is found or the time is over.
 
     Args:
-        name: of the parser.
-        seconds: of processor time. A run has its limit on the clock, on which a busy machine does
-            less, so runs go on from the inputs of the last one until the time is reached.
-        kept: the folder of inputs, by parser.
+        name: name of the parser.
+        seconds: processor time. The limit of a single run is in wall-clock time, in which a busy
+            machine does less, so runs are repeated until the processor time is reached. Each
+            continues from the inputs of the one before.
+        kept: folder that holds the inputs of each parser.
 
     Yields:
-        What a run came to, each in a process of its own.
+        The result of each run; every run is a process of its own.
     """
     found = ""
     while seconds > 0 and not found:
@@ -118,7 +128,7 @@ def run(name: str, seconds: float, kept: Path) -> Iterator[Outcome]:
 
 
 def _run(name: str, seconds: int, kept: Path) -> Outcome:
-    """What is seen in so many seconds on the clock."""
+    """Fuzz in a new process for some seconds of wall-clock time."""
     corpus, found = kept / name, kept / f"{name}.found"
     corpus.mkdir(parents=True, exist_ok=True)
     found.mkdir(exist_ok=True)
@@ -135,7 +145,7 @@ def _run(name: str, seconds: int, kept: Path) -> Outcome:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        # `subprocess` does not tell the processor time of one of several children.
+        # `subprocess` does not report the processor time of a single child.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -151,12 +161,12 @@ def _run(name: str, seconds: int, kept: Path) -> Outcome:
 
 
 def _end(code: int, said: str) -> str:
-    """How a process ended that should not have."""
+    """Describe how a process failed: its exit code and its last lines."""
     return "\n".join([f"exit code {code}", *said.splitlines()[-40:]])
 
 
 def main() -> int:
-    """Fuzz, print, write; 1 if something was found."""
+    """Fuzz, print and write; return 1 for a finding, 4 without Atheris, otherwise 0."""
     reader = argparse.ArgumentParser(
         prog="python -m benchmarks.fuzzing",
         description=package.__doc__,

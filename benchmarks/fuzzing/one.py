@@ -1,4 +1,4 @@
-"""One parser under Atheris, in this process, until its time is over or something is found.
+"""Fuzz one parser in this process until its time is over or something is found.
 
 Usage: python -m benchmarks.fuzzing.one NAME FOLDER CORPUS [libFuzzer's options]
 """
@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import atheris
 
-# What is imported from here on tells Atheris which of its lines were reached.
+# Atheris instruments these imports, to see which of their lines an input reaches.
 with atheris.instrument_imports(include=["thanos_deploy", "runtime", "exporters", "gguf"]):
     from benchmarks.fuzzing.parsers import PARSERS
 

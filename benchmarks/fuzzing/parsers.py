@@ -1,4 +1,4 @@
-"""The parsers that are fuzzed, each with well-formed inputs and what it may raise."""
+"""The parsers that are fuzzed, each with well-formed inputs and the exceptions it may raise."""
 
 import asyncio
 import json
@@ -24,19 +24,19 @@ from thanos_deploy.errors import DeployError, IntegrityError
 
 Check = Callable[[bytes], object]
 
-# Answered on purpose: full, and too late.
+# Statuses with which the server refuses on purpose: queue full, and deadline exceeded.
 _ALLOWED = (503, 504)
 
 
 @dataclass(frozen=True, slots=True)
 class Parser:
-    """One entry point.
+    """One entry point to fuzz.
 
     Attributes:
-        open: makes what is needed once, in a folder of its own, and returns the check of one input
-            with well-formed inputs.
-        refuses: the exceptions by which it refuses an input.
-        words: that its inputs are written in.
+        open: called once with a folder of its own; returns the function that checks one input, and
+            well-formed inputs.
+        refuses: exceptions with which the parser refuses an input.
+        words: dictionary for Atheris: words that occur in inputs.
     """
 
     open: Callable[[Path], tuple[Check, list[bytes]]]
@@ -45,7 +45,7 @@ class Parser:
 
 
 def _gguf(folder: Path) -> tuple[Check, list[bytes]]:
-    """A whole GGUF file, to its dequantised weights and tokenizer."""
+    """Read a whole GGUF file, up to its dequantised weights and tokenizer."""
     import gguf
 
     from thanos_deploy.model.convert import convert_gguf
@@ -90,7 +90,7 @@ def _gguf(folder: Path) -> tuple[Check, list[bytes]]:
 
 
 def _safetensors(folder: Path) -> tuple[Check, list[bytes]]:
-    """A safetensors file, its head and the tensors that it names."""
+    """Read a safetensors file: its header, and the tensors that the header names."""
     from thanos_deploy.model.tensorfile import TensorFile, entries
 
     path = folder / "model.safetensors"
@@ -112,7 +112,7 @@ def _safetensors(folder: Path) -> tuple[Check, list[bytes]]:
 
 
 def _packed(folder: Path) -> tuple[Check, list[bytes]]:
-    """The record of a packed folder, whose tensors are whole."""
+    """Read the record of a packed folder whose tensors are intact."""
     import exporters.packed
     from thanos_deploy.model.checkpoint import Checkpoint
     from thanos_deploy.model.packed_folder import RECORD, patterns_of, unpack_folder
@@ -140,7 +140,7 @@ def _packed(folder: Path) -> tuple[Check, list[bytes]]:
 
 
 def _manifest(folder: Path) -> tuple[Check, list[bytes]]:
-    """The manifest of a bundle, as far as to its report."""
+    """Read the manifest of a bundle, and write its report."""
     from thanos_deploy.bundle.manifest import MANIFEST, Bundle
     from thanos_deploy.report import build, card, markdown, sources
 
@@ -161,7 +161,7 @@ def _manifest(folder: Path) -> tuple[Check, list[bytes]]:
 
 
 def _build_log(folder: Path) -> tuple[Check, list[bytes]]:
-    """The log of a build of TensorRT, and the JSON of its inspector."""
+    """Read the log of a TensorRT build, and the JSON of TensorRT's engine inspector."""
     from exporters.tensorrt import log
 
     def check(content: bytes) -> None:
@@ -177,9 +177,9 @@ def _build_log(folder: Path) -> tuple[Check, list[bytes]]:
 
 
 def _binary_tensors(folder: Path) -> tuple[Check, list[bytes]]:
-    """The body of a request for logits, with tensors as bytes behind the JSON.
+    """Read the body of a request for logits, with tensors as bytes after the JSON.
 
-    An input is the length that the header names, a line break, and the body.
+    An input is the JSON length from the HTTP header, a line break, and the body.
     """
     ids = np.arange(6, dtype="<i8").reshape(2, 3)
     named = {"name": "input_ids", "datatype": "INT64", "shape": [2, 3]}
@@ -208,9 +208,9 @@ def _binary_tensors(folder: Path) -> tuple[Check, list[bytes]]:
 
 
 def _requests(folder: Path) -> tuple[Check, list[bytes]]:
-    """Bodies of requests to a server of a small model.
+    """Send request bodies to a server of a small model.
 
-    An input is a route, a line break, and the body.
+    An input is a byte that selects the route, a line break, and the body.
     """
     import thanos_deploy as td
 
@@ -260,7 +260,7 @@ def _requests(folder: Path) -> tuple[Check, list[bytes]]:
     return check, list(_bodies())
 
 
-# Until this process ends.
+# Keeps the service open until this process ends.
 _OPEN = ExitStack()
 
 _ROUTES = (
@@ -271,7 +271,7 @@ _ROUTES = (
     "/v2/models/tiny/infer",
 )
 
-# One line of each kind that is read, as TensorRT 8 to 10 and TensorRT-RTX write them.
+# One log line of each kind that is parsed, as TensorRT 8 to 10 and TensorRT-RTX write them.
 _LOG = (
     b"[I] [TRT] (Sparsity) Layers eligible for sparse math: a, b + c",
     b"[I] [TRT] (Sparsity) TRT inference plan picked sparse implementation for layers: b + c",

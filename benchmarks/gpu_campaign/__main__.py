@@ -1,4 +1,4 @@
-"""The command; see the package."""
+"""The command of `benchmarks.gpu_campaign`."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from thanos_deploy.gpu_check import missing, require_passed, steps
 from thanos_deploy.gpu_check.steps import Task
 from thanos_deploy.progress import Announce
 
-# For a machine that is rented by the minute; and of a rehearsal.
+# Default time limits: on a GPU machine that is rented by the minute, and of a rehearsal.
 SECONDS = 570.0
 _SECONDS_TO_REHEARSE = 3600.0
 
@@ -25,7 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Run the campaign, and exit with the code that the package documents."""
     arguments = _parser().parse_args()
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    # Whoever ends a process may well tell it twice, itself and with its group.
+    # A process may get the signal twice: once itself, and once with its process group.
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -83,12 +83,12 @@ def _seconds(arguments: argparse.Namespace) -> float:
 
 
 def run(arguments: argparse.Namespace, announce: Announce) -> Records:
-    """Do the steps, and leave the four files, also if a signal ends it."""
+    """Run the steps and write the four files, also if a signal ends the run."""
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
     from benchmarks.gpu_campaign import plan
 
-    # Published with the figures, where nobody needs to know of folders of that machine.
+    # The command is published with the figures, so it should not name a folder of this machine.
     words = ["OUT" if word == str(arguments.out) else word for word in sys.argv[1:]]
     command = f"python -m benchmarks.gpu_campaign {shlex.join(words)}"
     every = plan.steps(command, rehearse=arguments.rehearse)
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace, announce: Announce) -> Records:
 
 
 def _finish(out: Path) -> Records:
-    """Write and print what the journal has."""
+    """Write the files from the journal, and print the summary."""
     from benchmarks.gpu_campaign import summary
 
     records = Records(gpu_records.read_journal(out / "rows.jsonl"))

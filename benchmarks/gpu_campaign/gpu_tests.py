@@ -1,4 +1,4 @@
-"""The tests that need a GPU, on this one."""
+"""Run the tests that need a GPU, on this machine."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from thanos_deploy.gpu_check.steps import Task
 
 _SOURCE = Path(__file__).parents[2]
 
-# Options of the project's own configuration name plugins that an image may not have.
+# The project's own configuration names pytest plugins that an image may not have.
 _OPTIONS = (
     *("-m", "gpu", "-q", "-p", "no:cacheprovider"),
     *("-c", "benchmarks/gpu_campaign/gpu_tests.toml", "--rootdir", "."),
@@ -25,14 +25,14 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Tests that need the same.
+    """Tests with the same requirements.
 
     Attributes:
-        step: that runs them.
-        paths: of the tests.
-        onnxruntime_paths: of tests that need ONNX Runtime on CUDA as well.
-        options: of pytest.
-        packages: without which the tests cannot be imported, beside those of the kernels.
+        step: name of the step that runs the tests.
+        paths: paths of the tests.
+        onnxruntime_paths: paths of tests that need ONNX Runtime on CUDA as well.
+        options: options of pytest.
+        packages: packages that importing the tests needs, beyond those of the kernels.
     """
 
     step: str
@@ -42,7 +42,7 @@ class Suite:
     packages: tuple[str, ...] = ()
 
 
-# Without the other tests' fixtures, which export models.
+# --confcutdir leaves out the fixtures of other tests, which export models.
 KERNELS = Suite(
     "gpu-tests:kernels",
     ("tests/runtime/kernels",),
@@ -62,10 +62,10 @@ ENGINES = Suite(
 
 
 def rows(suite: Suite, task: Task) -> Iterator[Row]:
-    """A row for each test; in a rehearsal one row, of whether they can be imported.
+    """Yield a row for each test; in a rehearsal, one row that says whether they can be imported.
 
     Raises:
-        PlatformError: a package is missing without which they cannot be imported.
+        PlatformError: a package that importing the tests needs is missing.
     """
     if missing := [name for name in suite.packages if find_spec(name) is None]:
         raise PlatformError(

@@ -1,7 +1,7 @@
-"""ONNX Runtime on CUDA beside the CPU, with a tiny bundle.
+"""Compare ONNX Runtime on CUDA with the CPU, on a tiny bundle.
 
-The bundle is made here, which takes onnx and onnxscript beside PyTorch and transformers; so all
-that an image with them may still need is onnxruntime-gpu in place of onnxruntime.
+The bundle is made here, which needs onnx and onnxscript in addition to PyTorch and transformers. An
+image that has these may still need onnxruntime-gpu in place of onnxruntime.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _FIX = "pip install onnxruntime-gpu in place of onnxruntime"
 
 
 def rows(task: Task) -> Iterator[Row]:
-    """What `gpu-check` sees of it.
+    """Yield the rows of the check of `gpu-check` for ONNX Runtime on CUDA.
 
     Raises:
-        PlatformError: ONNX Runtime is not here, or is built for CPUs only.
+        PlatformError: ONNX Runtime is missing, or is built for CPUs only.
     """
     require(task.device)
     from thanos_deploy.gpu_check import bundle
@@ -30,7 +30,7 @@ def rows(task: Task) -> Iterator[Row]:
 
 
 def require(device: str) -> None:
-    """Refuse an ONNX Runtime that does not run on a device.
+    """Refuse an ONNX Runtime that cannot run on a device.
 
     Raises:
         PlatformError: see `rows`.
@@ -46,7 +46,7 @@ def require(device: str) -> None:
 
 
 def make(folder: Path) -> Path:
-    """A bundle with a random model of two blocks and its graph."""
+    """Make a bundle with a random model of two blocks and its graph."""
     try:
         import exporters.onnx.graph
     except ImportError as error:
@@ -78,7 +78,7 @@ def make(folder: Path) -> Path:
     try:
         with manifest.claim(folder / "bundle", Source("folder", "tiny", "", "")) as bundle:
             bundle.run("onnx", produce, options={}, inputs={})
-    except DeployError as error:  # of versions that the exporter is not made for
+    except DeployError as error:  # for example, versions that the exporter does not support
         raise _unmade(error.message) from error
     return folder / "bundle"
 

@@ -1,4 +1,4 @@
-"""The steps in their order, with the sizes of the day and those of the rehearsal."""
+"""The steps in their order, with the sizes for a GPU and for a rehearsal."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +12,7 @@ from thanos_deploy.measure.latency import Decode, Prefill
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What each step works on."""
+    """The sizes that each step works on."""
 
     peaks: card.Sizes = field(default_factory=card.Sizes)
     correctness: Grid = kernels.CORRECTNESS
@@ -22,16 +22,16 @@ class Sizes:
     walk: walks.Sizes = field(default_factory=walks.Sizes)
 
 
-# What the steps of a kernel usually take, where that is not `_A_KERNEL`: Triton compiles and tunes,
-# cuSPARSELt searches its algorithms, CUDA C++ is compiled.
+# Usual seconds of a kernel's steps, if not `_A_KERNEL`: Triton compiles and tunes, cuSPARSELt
+# searches its algorithms, and CUDA C++ is compiled.
 _CORRECTNESS = {"triton": 50.0, "mma-sp": 6.0}
 _GEMM = {"triton": 25.0, "mma-sp": 8.0, "cusparselt": 14.0, "cusparselt-first": 14.0}
 _A_KERNEL = 8.0
 
-# Those of 2:4 measure first which kernel is the fastest for each layer.
+# Usual seconds of a model's step. With 2:4, the fastest kernel of each layer is measured first.
 _MODEL = {"dense": 12.0, "2:4": 42.0, "structured": 10.0, "structured, 2:4": 36.0}
 
-# Of a step in a rehearsal, on a machine that does other things as well.
+# Usual seconds of a step in a rehearsal, on a machine that does other work as well.
 _REHEARSED = 60.0
 
 _TOY_MODEL = models.Sizes(
@@ -45,10 +45,10 @@ _TOY_MODEL = models.Sizes(
     dtype="fp32",
 )
 
-# Small, and with every kind of edge that the sizes of the day have.
+# Small sizes that have every kind of tile edge that the sizes for a GPU have.
 TOY = Sizes(
     peaks=card.Sizes(copy_bytes=1 << 16, gemm=32, samples=2),
-    # One with columns enough for blocks that share a tile, and tokens enough for wgmma.
+    # One shape has enough columns for blocks that share a tile, and 70 tokens suffice for wgmma.
     correctness=Grid(shapes=((37, 148), (8, 516)), tokens=(1, 17, 70), dtypes=("fp16", "bf16")),
     gemm=Grid(shapes=((8, 128),), tokens=(1, 16), dtypes=("bf16",), samples=2),
     model=replace(
@@ -64,11 +64,11 @@ TOY = Sizes(
 
 
 def steps(command: str, *, rehearse: bool) -> list[Step]:
-    """All steps.
+    """Return all steps.
 
     Args:
-        command: that measures the same again.
-        rehearse: on a CPU, with toy sizes; nothing is needed then.
+        command: command that repeats the measurement.
+        rehearse: run on a CPU with toy sizes; steps then have no requirements.
     """
     sizes = TOY if rehearse else Sizes()
     sparse = ("gpu", "sparse")

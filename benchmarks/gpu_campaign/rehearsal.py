@@ -1,4 +1,4 @@
-"""Doing a step on a CPU, with something standing in for the GPU."""
+"""Run a step on a CPU, with stand-ins for the GPU."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ StandIn = Callable[[Task], AbstractContextManager[None]]
 
 @contextmanager
 def on_a_cpu() -> Iterator[None]:
-    """One core is enough, and the interpreter is mended."""
+    """Compute on one thread, with the errors of Triton's interpreter worked around."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -30,27 +30,27 @@ def on_a_cpu() -> Iterator[None]:
 
 
 def rows(step: Callable[[Task], Iterable[Row]], name: str, task: Task) -> Iterator[Row]:
-    """The rows of a step, given its name."""
+    """Yield the rows of a step, run with the stand-ins that its name needs."""
     with on_a_cpu(), _STAND_INS.get(name, nullcontext)(task):
         yield from step(task)
 
 
 def simulated_driver(task: Task) -> AbstractContextManager[None]:
-    """The kernels in CUDA C++ are launched as on a GPU, and simulated."""
+    """Launch the kernels in CUDA C++ as on a GPU, with a driver that simulates them."""
     return simulated_gpu.driver(task.folder)
 
 
 @contextmanager
 def choosing(task: Task) -> Iterator[None]:
-    """Variant `sparse` measures what runs here, the dense product and Triton, for this step alone.
+    """Let the variant `sparse` choose among the kernels that run here: dense and Triton.
 
-    What else there is to choose from refuses the CPU by itself, as libraries do that a GPU lacks.
+    The other kernels refuse the CPU themselves, as they refuse a GPU that lacks their library.
     """
     with (
         simulated_gpu.card(),
         mock.patch.object(torch_engine, "_require_device"),
         mock.patch.object(choice, "replayed", _once),
-        # Without a bucket for one token, for which the interpreter takes seconds a layer.
+        # No bucket for one token, which takes the interpreter seconds for each layer.
         mock.patch.multiple(choice, ENDS=(2,), TOKENS=(2, 17)),
         mock.patch.dict(os.environ, THANOS_DEPLOY_CACHE=str(task.folder)),
     ):

@@ -1,4 +1,4 @@
-"""This project's kernels under compute-sanitizer: no access outside its tensors, and no race."""
+"""Run our kernels under compute-sanitizer, to find out-of-bounds accesses and data races."""
 
 import os
 import shutil
@@ -14,18 +14,18 @@ from thanos_deploy.gpu_check.steps import Task
 _NAME = "compute-sanitizer"
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
-# Tools and kernels. Triton places the barriers of its kernels itself, and under racecheck they take
-# minutes.
+# Pairs of tool and kernel. Triton's kernels are left out of racecheck: Triton places their barriers
+# itself, and they would take minutes.
 _RUNS = (("memcheck", "triton"), ("memcheck", "mma-sp"), ("racecheck", "mma-sp"))
 
-# What the program ends with when it found something; Python's own failures end with others.
+# Exit code of compute-sanitizer for a finding; Python's own failures have other exit codes.
 _FOUND = 99
 
 
 def rows(task: Task) -> Iterator[Row]:
-    """A row for each tool and kernel; of memcheck alone in a rehearsal, where no tool is real.
+    """Yield a row for each tool and kernel; in a rehearsal, where no tool runs, only for memcheck.
 
-    All run at once, because nothing is timed and each keeps one processor busy.
+    All runs are concurrent, because nothing is timed and each keeps one processor busy.
     """
     runs = _RUNS if task.device == "cuda" else _RUNS[:2]
     with ThreadPoolExecutor() as pool:
@@ -33,7 +33,7 @@ def rows(task: Task) -> Iterator[Row]:
 
 
 def check(tool: str, kernel: str, device: str) -> CheckRow:
-    """Small products of one kernel under one tool."""
+    """Run small products of one kernel under one tool."""
     name = f"{tool}, {kernel}"
     program = shutil.which(_NAME, path=os.pathsep.join((os.environ["PATH"], *_PLACES)))
     if program is None:
@@ -42,7 +42,7 @@ def check(tool: str, kernel: str, device: str) -> CheckRow:
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", str(_FOUND), *watched],
         cwd=Path(__file__).parents[2],
-        # Every tensor gets memory of its own, so that a step across its end shows.
+        # Every tensor gets an allocation of its own, so that an access past its end is seen.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

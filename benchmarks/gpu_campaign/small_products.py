@@ -1,4 +1,4 @@
-"""A few small products, with nothing around them: what compute-sanitizer watches.
+"""Run a few small products and nothing else, for compute-sanitizer to watch.
 
 python -m benchmarks.gpu_campaign.small_products DEVICE KERNEL...
 """
@@ -14,12 +14,12 @@ from thanos_deploy.errors import DeployError
 
 _SHAPES, _TOKENS = ((130, 192), (256, 512)), (1, 5, 17, 70)
 
-# For the interpreter, which takes seconds for a larger one.
+# Shape for Triton's interpreter, which takes seconds for a larger one.
 _REHEARSED = ((10, 192),)
 
 
 def main() -> None:
-    """Multiply."""
+    """Run the products of the kernels that are named on the command line."""
     device, *kernels = sys.argv[1:]
     with rehearsal.on_a_cpu() if device == "cpu" else nullcontext():
         for kernel in kernels:
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def multiply(kernel: str, device: str) -> None:
-    """All products of one kernel."""
+    """Run and print all products of one kernel."""
     for shape in _SHAPES if device == "cuda" else _REHEARSED:
         weight = timing.random_two_four(*shape, torch.float16, device=device)
         for tokens in _TOKENS:

@@ -1,4 +1,4 @@
-"""All figures of a run on a page or two, for a terminal that keeps only the end."""
+"""Summarise a run on a page or two, for a terminal that keeps only the end."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -18,17 +18,17 @@ from thanos_deploy.gpu.rows import (
 )
 from thanos_deploy.gpu_check.kernels import speeds
 
-# Whoever runs it from afar gets the last 12,000 characters, and an error may come after it.
+# A remote run returns the last 12,000 characters, and an error may follow the summary.
 MOST_CHARACTERS = 11_500
 
-# Of a text that somebody else wrote, such as a library's error.
+# Most characters of a text from elsewhere, such as an error of a library.
 _MOST_OF_A_TEXT = 110
 
 _MOST_FAILURES = 12
 
 
 def of(records: Records) -> str:
-    """The summary; what is too long is cut at its end, and says so."""
+    """Return the summary; if it is too long, its end is replaced by a note."""
     parts = (_card, _steps, _failures, _models, _gemm, _pruning, _kernels)
     text = "\n\n".join("\n".join(found) for part in parts if (found := list(part(records))))
     if len(text) < MOST_CHARACTERS:
@@ -74,7 +74,7 @@ def _failures(records: Records) -> Iterator[str]:
 
 
 def _models(records: Records) -> Iterator[str]:
-    """A line for each model and engine, a column for each pass: ms, speed over dense."""
+    """Yield a line for each model and engine, with milliseconds and speed-up of each pass."""
     rows = records.of(ModelRow)
     if not rows:
         return
@@ -107,7 +107,7 @@ def _models(records: Records) -> Iterator[str]:
 
 
 def _gemm(records: Records) -> Iterator[str]:
-    """A line for each product, a column for each kernel: its speed over dense."""
+    """Yield a line for each product, with the speed-up of each kernel over dense."""
     rows = records.of(GemmRow)
     kernels = [k for k in dict.fromkeys(row.kernel for row in rows) if k != "dense"]
     if not rows:
@@ -158,7 +158,7 @@ def _pruning(records: Records) -> Iterator[str]:
 
 
 def _kernels(records: Records) -> Iterator[str]:
-    """A line for each kernel and dtype: the worst error."""
+    """Yield a line for each kernel and dtype, with the largest error."""
     rows = records.of(KernelRow)
     for kernel, dtype in dict.fromkeys((row.kernel, row.dtype) for row in rows):
         own = [row for row in rows if (row.kernel, row.dtype) == (kernel, dtype)]

@@ -1,23 +1,23 @@
-"""Measure perplexity and other costs of every way to prune one model, on texts of your own.
+"""Measure perplexity and other quality costs of pruning one model, on texts of your own.
 
 Usage: python -m benchmarks.quality --calib CALIB.txt --eval-text TEXT.txt
            [--model smollm2|gemma3|PATH] [--seeds 0 1 2] [SETTING...]
        python -m benchmarks.quality --table
 
-Prunes a model by every method to every pattern of the table, in the setting of the method's paper
-and in the one that measured best (structured patterns as masked columns), and examines each result:
-perplexity, questions about the text, and how far it is from the dense model. By Thanos's presets
-"best" and "max" this takes long; see `pruning_time`. A SETTING, a JSON object of options of
-`prune`, takes the place of that grid, such as '{"pattern": "2:4"}' or '{"pattern": "2:4", "method":
-"sparsegpt", "block_size": 64}'. The first segments of both texts are taken, without a seed, so that
-others can take the same; with --seeds, calibration segments are drawn with each of the seeds, which
-shows the influence of chance.
+Prunes a model with every method to every pattern of the table, with the preset of the method's
+paper and with each preset that differs from it (structured patterns as masked columns). Evaluates
+each result: perplexity, questions about the text, and divergence from the dense model. With the
+presets "best" and "max" of Thanos this takes long; see `pruning_time`. Each SETTING, a JSON object
+of options of `prune`, replaces that grid, such as '{"pattern": "2:4"}' or '{"pattern": "2:4",
+"method": "sparsegpt", "block_size": 64}'. The first segments of both texts are used, without a
+seed, so that others can use the same ones. With --seeds, calibration segments are drawn with each
+of the seeds, which shows the influence of chance.
 
 Writes RESULTS/quality-MODEL.json after every row and prints it as tables. Rows in that file are not
 measured again: repeating the command continues, within a row after the last block that was pruned,
-and further settings add rows. To measure other code, begin another file. --models DIR keeps each
+and further settings add rows. To measure other code, start another file. --models DIR keeps each
 pruned model there, in a folder that is named by a hash of its options. With --table nothing is
-measured, and what is published is put into docs/choose.md.
+measured: the published results are written into docs/choose.md.
 """
 
 import argparse
@@ -48,7 +48,7 @@ COMMAND = "python -m benchmarks.quality --table"
 
 
 def main() -> None:
-    """Prune and judge, row by row."""
+    """Prune and evaluate row by row, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="*", metavar="SETTING", type=json.loads)
     parser.add_argument(
@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def published() -> str:
-    """The tables of all models whose results are in the repository."""
+    """Return the tables of all models whose results are in the repository."""
     found = [RESULTS / f"quality-{name}.json" for name in MODELS]
     return "\n".join(section(Results.read(path)) for path in found if path.exists())
 
 
 def measured(arguments: argparse.Namespace) -> Results:
-    """All rows that were asked for, and those of before."""
+    """Measure the rows that are missing, and return them with the earlier ones."""
     given: str = arguments.model
     model = str(MODELS[given]()) if given in MODELS else given
     subject = Subject.of(Dense(model), arguments)
@@ -106,7 +106,7 @@ def measured(arguments: argparse.Namespace) -> Results:
 
 
 def grid(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every method, pattern and preset; a preset that is the paper's setting comes once."""
+    """Yield every method, preset and pattern; presets equal to the paper's are left out."""
     for method in arguments.methods:
         preset_of = methods.load(method).preset
         paper = preset_of("paper")

@@ -13,13 +13,14 @@ from thanos_deploy.measure.quality import TextQuality
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What all rows have in common.
+    """Conditions that all rows share.
 
     Attributes:
         model, model_sha256: name and hash of the dense model.
-        calib_tokens_sha256: of the first segments to calibrate on.
-        eval_sha256: of the text to judge on.
-        eval_segments, eval_seqlen: its first segments that are read, and tokens of each.
+        calib_tokens_sha256: hash of the tokens of the first calibration segments.
+        eval_sha256: hash of the evaluation text.
+        eval_segments, eval_seqlen: number of its first segments that are read, and of tokens in
+            each.
     """
 
     model: str
@@ -32,11 +33,11 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """How good a model is.
+    """The quality of a model.
 
     Attributes:
-        perplexity: on the text.
-        quality: that and everything else that was asked; None in rows from before it was.
+        perplexity: perplexity on the evaluation text.
+        quality: all results of the evaluation; None in rows that are older than this field.
     """
 
     perplexity: float
@@ -45,17 +46,17 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to prune.
+    """One pruned model.
 
     Attributes:
-        way: method, preset and what else was asked for.
-        pattern: that was pruned to.
+        way: method, preset and further options, as text.
+        pattern: the pattern that the model was pruned to.
         request: all options.
-        judged: how good the pruned model is.
-        seconds: of the whole call, by the clock.
-        processor_seconds: the same, of all threads; None where that is not known, such as after an
+        judged: quality of the pruned model.
+        seconds: wall-clock time of the whole call.
+        processor_seconds: processor time of all threads; None if it is not known, such as after an
             interruption.
-        seed: which segments were calibrated on; None for the first ones of the text.
+        seed: seed of the calibration segments; None for the first segments of the text.
     """
 
     way: str
@@ -69,13 +70,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that is known of one model.
+    """All results for one dense model.
 
     Attributes:
-        conditions: under which it was found.
-        environment: where the first row was.
-        dense: the model before anything is pruned.
-        rows: in the order of measuring.
+        conditions: conditions of all rows.
+        environment: machine and software of the first row.
+        dense: quality of the dense model.
+        rows: the rows, in the order in which they were measured.
     """
 
     conditions: Conditions
@@ -85,7 +86,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Those in a file.
+        """Read the results from a file.
 
         Raises:
             InputError: the file holds something else.
@@ -93,19 +94,19 @@ class Results:
         return files.read_record(path, cls)
 
     def require(self, conditions: Conditions, path: Path) -> None:
-        """Refuse to go on with a file of other conditions."""
+        """Refuse to continue a file that was made under other conditions."""
         if changed := differences(encode(self.conditions), encode(conditions)):
             raise SystemExit(f"{path} is of other conditions ({changed}): give another --results")
 
     def has(self, request: dict[str, Any], seed: int | None) -> bool:
-        """That row is there."""
+        """Whether the row of a request and seed exists."""
         return any(row.request == request and row.seed == seed for row in self.rows)
 
     def plus(self, row: Row) -> "Results":
-        """The same with another row."""
+        """Return the results with one more row."""
         return replace(self, rows=(*self.rows, row))
 
     def write(self, path: Path) -> None:
-        """Write them to a file, as a whole or not at all."""
+        """Write the results to a file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_json(path, encode(self))

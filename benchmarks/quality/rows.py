@@ -1,4 +1,4 @@
-"""One way to prune: the model is pruned, and the result examined."""
+"""Measure one row: prune the model, and evaluate the result."""
 
 import argparse
 import hashlib
@@ -41,20 +41,21 @@ from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
 from thanos_deploy.stages.training import recover_checkpoint
 
-# Options that have a place of their own in the table, or none.
+# Options with a place of their own in the table, or that the table does not show.
 _NAMED = ("pattern", "method", "preset", "keep_shape")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """The dense model, and what its descendants are asked.
+    """The dense model, and the evaluation of the models pruned from it.
 
     Attributes:
-        source: the model.
-        tokenizer: its tokenizer.
+        source: the dense model.
+        tokenizer: the tokenizer of the model.
         conditions: see `Conditions`.
-        examination: what every model is asked.
-        arguments: of the command line: the texts, and where results, journals and models are.
+        examination: the evaluation, which is the same for every model.
+        arguments: arguments of the command line: the texts, and the folders of results, journals
+            and models.
     """
 
     source: Checkpoint
@@ -91,13 +92,13 @@ class Subject:
 
     @property
     def _outputs(self) -> Path:
-        """What the dense model said, kept between calls."""
+        """The file with the outputs of the dense model, kept between calls."""
         told = {**encode(self.conditions), "questions": self.arguments.questions}
         results: Path = self.arguments.results
         return results / f".outputs-{files.sha256_of(told)[:16]}.safetensors"
 
     def judge_dense(self) -> Judged:
-        """Examine the dense model, and keep what the others are compared with."""
+        """Evaluate the dense model, and keep its outputs to compare pruned models with."""
         found, outputs = examine_dense(
             load_model(self.source.folder), self.examination, self.source.max_positions
         )
@@ -106,18 +107,18 @@ class Subject:
         return _judged(found)
 
     def judge(self, folder: Path) -> Judged:
-        """Examine the model in a folder beside the dense one."""
+        """Evaluate the model in a folder, and compare it with the dense model."""
         if not self._outputs.exists():
             self.judge_dense()
         outputs, head = Outputs.read(self._outputs), read_head(self.source)
         return _judged(examine(load_model(folder), self.examination, outputs, head))
 
     def measure(self, setting: dict[str, Any], request: PruneRequest, seed: int | None) -> Row:
-        """Prune once and examine; goes on where an interrupted call stopped.
+        """Prune once and evaluate; an interrupted call is continued.
 
         Args:
-            setting: as it was asked for, which names the row.
-            request: what follows from it.
+            setting: options as given by the user, which name the row.
+            request: the request that follows from the setting.
             seed: see `Row`.
         """
         asked = self.asked(request)
@@ -132,7 +133,7 @@ class Subject:
                 recover_checkpoint(self.source, read_text(self.arguments.calib), out, request)
             seconds = time.perf_counter() - started
             used: float | None = time.process_time() - processor
-            if resumed:  # what came before is in the blocks' own clocks, which have no such time
+            if resumed:  # the journal has wall-clock times of earlier blocks only
                 seconds, used = sum(sum(block.seconds.values()) for block in blocks), None
             judged = self.judge(out)
             if self.arguments.models is not None:
@@ -149,13 +150,13 @@ class Subject:
         )
 
     def asked(self, request: PruneRequest) -> dict[str, Any]:
-        """The options of a row, with the text that is calibrated on."""
+        """Return the options of a row, with the name of the calibration text."""
         return {**request.to_json(), "calib": self.arguments.calib.name}
 
     def _pruned(
         self, request: PruneRequest, seed: int | None, out: Path, kept: Path, asked: dict[str, Any]
     ) -> tuple[Sequence[PrunedBlock | CutBlock], bool]:
-        """Prune into a folder; the blocks, and whether some of them had been pruned before."""
+        """Prune into a folder; return the blocks, and whether a journal was continued."""
         data, how, source = request.data, request.how, self.source
         taken = texts.calibration(
             self.arguments,
@@ -183,7 +184,7 @@ class Subject:
 
 
 def way(setting: dict[str, Any], request: PruneRequest) -> str:
-    """A row's name: method, preset, and what else was asked for."""
+    """Return the name of a row: method, preset, and further options."""
     usual = encode(Data())
     others = [
         f"{name} {value}"
@@ -201,5 +202,5 @@ def _judged(found: TextQuality) -> Judged:
 
 
 def _hash_of(ids: Tensor) -> str:
-    """SHA-256 of tokens."""
+    """Return the SHA-256 of token IDs."""
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

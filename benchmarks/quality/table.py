@@ -1,4 +1,4 @@
-"""The results in Markdown: perplexity of every way and pattern, and what else was asked."""
+"""The results in Markdown: perplexity of every row, and the other quality measures."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,11 @@ PATTERNS = ("unstructured:0.5", "2:4", "structured:0.3")
 
 _LEVEL = 0.95
 
-# SmolLM2-135M-Instruct (dequantised Q4_1); calibrated on the first 100 documents of a C4 sample,
-# joined (32 segments of 512 tokens); judged on the first 8 segments of 2048 of WikiText-2's test
-# split. Measured with the published code of each on two x86-64 cores; dense 19.13. Perplexity by
-# pattern of `PATTERNS`, and seconds of the whole prune call.
+# SmolLM2-135M-Instruct (dequantised Q4_1), calibrated on the first 100 documents of a C4 sample,
+# joined (32 segments of 512 tokens). Perplexity is on the first 8 segments of 2048 tokens of
+# WikiText-2's test split; dense 19.13. Measured with the published code of each method, on two
+# x86-64 cores. Each row has the name, the perplexity for each of `PATTERNS`, and the seconds of the
+# whole prune call.
 PUBLISHED: tuple[tuple[str, tuple[str, str, str], str], ...] = (
     ("magnitude", ("415", "1678", "5.6e6"), "4 to 11"),
     ("Wanda", ("42.3", "150.6", "2785"), "82 to 110"),
@@ -30,7 +31,7 @@ _PUBLISHED_OF = "SmolLM2-135M-Instruct"
 
 
 def section(results: Results) -> str:
-    """Both tables of one model, and what they are of."""
+    """Return both tables of one model, with their conditions."""
     said, machine = results.conditions, results.environment
     published = said.model.startswith(_PUBLISHED_OF)
     parts = [
@@ -68,7 +69,7 @@ def _perplexities(results: Results, *, published: bool) -> Iterator[str]:
 
 
 def _cell(rows: Sequence[Row]) -> str:
-    """The perplexity on the first segments, and that of draws of others."""
+    """Return the perplexity with the first calibration segments, and with drawn ones."""
     said = [_shown(row.judged.perplexity) for row in rows if row.seed is None]
     drawn = [row for row in rows if row.seed is not None]
     if len(drawn) > 1:
@@ -83,10 +84,10 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of some draws, with Student's interval.
+    """Return the mean of some draws, with its confidence interval by Student's t distribution.
 
     Args:
-        values: at least two.
+        values: values of the draws; at least two.
     """
     half = stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Interval(mean(values), mean(values) - half, mean(values) + half, _LEVEL)

@@ -1,13 +1,13 @@
-"""A campaign against what the project promises.
+"""Test the project's promises with faults and attacks.
 
 Usage: python -m benchmarks.reliability [--minutes 10] [--seed 0] [--only PART ...] [--again]
        python -m benchmarks.reliability --table
 
-The minutes are shared by the parts that run. What a part finds goes to
-benchmarks/results/reliability.json all along, and a later call goes on with the parts of which not
-enough was done (with --more, with all of them; --again begins anew). Prints the table and puts it
-into docs/reliability.md; with --table nothing else. Exit code 1 if a figure is not what it is to
-be.
+The minutes are shared by the parts that run. The results of a part are written to
+benchmarks/results/reliability.json while it runs. A later call continues the parts that have not
+yet done enough; with --more it continues all parts, and with --again it starts anew. Prints the
+table and writes it into docs/reliability.md; --table does nothing else. The exit code is 1 if a
+figure is not as required, or a part has not run.
 """
 
 import argparse
@@ -50,7 +50,7 @@ _WRITE_SECONDS = 10.0
 
 
 def main() -> None:
-    """Run, print, write; exit with 1 where a promise is broken."""
+    """Run the parts, and write and print the table; exit with 1 if a promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def go_on(part: Part, setting: Setting, results: Results, path: Path) -> Results:
-    """Do some more of a part, and write what it finds all along."""
+    """Run a part, and write its results every few seconds."""
     result = results.parts.get(part.name, Result())
     result = Result(result.runs + 1, result.seconds, result.figures, result.faults)
     began = written = time.monotonic()
@@ -109,12 +109,12 @@ def go_on(part: Part, setting: Setting, results: Results, path: Path) -> Results
 
 
 def names(parts: list[Part]) -> set[str]:
-    """What they are called."""
+    """Return the names of the parts."""
     return {part.name for part in parts}
 
 
 def passed(results: Results, parts: list[Part]) -> bool:
-    """No promise of these was broken."""
+    """Whether all figures of these parts are as required."""
     return all(results.parts[part.name].passed for part in parts)
 
 

@@ -1,7 +1,9 @@
-"""Attacks on a server, one function each: what it does once, until it is told that it is over.
+"""Attacks on a server, one function each; a function makes the attack once.
 
-An attack may be cut off at any moment, so that its own errors do not count. It pauses between two
-actions, because it shares the processors with what it attacks.
+`repeat` calls it until the time is over, and pauses between two calls, because attacker and server
+share the processors. The server may cut off an attacker at any moment, so an attacker's own errors
+do not count. An attack returns how each of its actions ended: with a status, "cut off", "left" (no
+answer awaited), or "taken" (accepted in full).
 """
 
 import json
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
-SECONDS = 20.0  # for an answer
+SECONDS = 20.0  # timeout of a connection
 _PAUSE = 0.02
 
 _JSON = "Content-Type: application/json\r\n"
@@ -21,13 +23,13 @@ _JSON = "Content-Type: application/json\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is attacked, and by whom.
+    """The server under attack, as one client sees it.
 
     Attributes:
-        address: of the server.
-        key: a good one.
-        model: its name.
-        chance: where the attack draws from.
+        address: host and port of the server.
+        key: a valid API key.
+        model: name of the model.
+        chance: random numbers of this client.
     """
 
     address: tuple[str, int]
@@ -36,11 +38,11 @@ class Target:
     chance: random.Random
 
     def connect(self) -> socket.socket:
-        """A connection."""
+        """Open a connection."""
         return socket.create_connection(self.address, timeout=SECONDS)
 
     def head(self, request: str, *headers: str, key: str | None = None) -> bytes:
-        """The beginning of a request: its first line and its headers."""
+        """Return the beginning of a request: the request line and the headers."""
         lines = [
             f"{request} HTTP/1.1",
             "Host: localhost",
@@ -50,7 +52,7 @@ class Target:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     def post(self, body: bytes, *, key: str | None = None) -> bytes:
-        """A whole request for a text."""
+        """Return a whole request for a completion."""
         return (
             self.head(
                 "POST /v1/completions",
@@ -61,15 +63,15 @@ class Target:
         )
 
     def asked(self, **fields: object) -> bytes:
-        """The body of a good request."""
+        """Return the body of a well-formed request."""
         return json.dumps(
             {"model": self.model, "prompt": "a", "max_tokens": 8, "temperature": 0, **fields}
         ).encode()
 
     def status(self, sent: bytes) -> str:
-        """How a request is answered: a status, and whether a 503 says when to come back."""
+        """Send a request; return the status, and for a 503 whether Retry-After is missing."""
         with closing(self.connect()) as connection:
-            with suppress(OSError):  # a refusal may come before all is sent
+            with suppress(OSError):  # the server may refuse before all is sent
                 connection.sendall(sent)
             try:
                 answer = connection.recv(1 << 16)
@@ -84,20 +86,20 @@ Attack = Callable[[Target], list[str]]
 
 
 def repeat(attack: Attack, target: Target, seconds: float) -> Counter[str]:
-    """Do it for some time; how its actions ended."""
+    """Repeat an attack for some seconds, and count how its actions ended."""
     found: Counter[str] = Counter()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             found.update(attack(target))
-        except OSError:  # its connections are cut off
+        except OSError:  # the server cut off the connection
             found["cut off"] += 1
         time.sleep(_PAUSE)
     return found
 
 
 def slow_headers(target: Target) -> list[str]:
-    """Slowloris: many connections, a letter on each now and then."""
+    """Slowloris: send the headers of many connections letter by letter."""
     with ExitStack() as stack:
         many = [stack.enter_context(closing(target.connect())) for _ in range(100)]
         for letter in b"GET /health HTT":
@@ -109,7 +111,7 @@ def slow_headers(target: Target) -> list[str]:
 
 
 def slow_bodies(target: Target) -> list[str]:
-    """Many bodies, of each a byte now and then."""
+    """Send the bodies of many requests byte by byte."""
     with ExitStack() as stack:
         many = [stack.enter_context(closing(target.connect())) for _ in range(100)]
         for connection in many:
@@ -123,7 +125,7 @@ def slow_bodies(target: Target) -> list[str]:
 
 
 def slow_readers(target: Target) -> list[str]:
-    """Streams that nobody reads."""
+    """Ask for streams, and do not read them."""
     with ExitStack() as stack:
         for _ in range(8):
             connection = stack.enter_context(closing(socket.socket()))
@@ -136,7 +138,7 @@ def slow_readers(target: Target) -> list[str]:
 
 
 def half_closed(target: Target) -> list[str]:
-    """A client that closes its side after a request, or in the middle of one."""
+    """Close the client's side of a connection after a request, and in the middle of one."""
     found = []
     for part in (1.0, 0.5):
         whole = target.post(target.asked())
@@ -149,7 +151,7 @@ def half_closed(target: Target) -> list[str]:
 
 
 def large_bodies(target: Target) -> list[str]:
-    """A gigabyte, announced or in chunks, of large and of single bytes."""
+    """Send bodies of a gigabyte: with Content-Length, in large chunks, and in one-byte chunks."""
     announced = target.head("POST /v1/completions", f"{_JSON}Content-Length: {1 << 30}")
     chunked = target.head("POST /v1/completions", f"{_JSON}Transfer-Encoding: chunked")
     part = b" " * 0x10000
@@ -161,7 +163,7 @@ def large_bodies(target: Target) -> list[str]:
 
 
 def _poured(target: Target, head: bytes, part: bytes) -> str:
-    """How it ends when the body goes on until it is cut off, or a gigabyte is sent."""
+    """Send a body until the connection is cut off or a gigabyte is sent; return which happened."""
     with closing(target.connect()) as connection:
         try:
             connection.sendall(head)
@@ -173,7 +175,7 @@ def _poured(target: Target, head: bytes, part: bytes) -> str:
 
 
 def large_headers(target: Target) -> list[str]:
-    """A megabyte of headers, in one or in many, and of the address."""
+    """Send a megabyte in one header, in many headers, and in the path."""
     return [
         target.status(target.head("GET /health", f"X-Long: {'a' * (1 << 20)}")),
         target.status(target.head("GET /health", "\r\n".join(["X-Many: a"] * 100_000))),
@@ -182,7 +184,7 @@ def large_headers(target: Target) -> list[str]:
 
 
 def pipelines(target: Target) -> list[str]:
-    """A hundred requests that are sent before one answer is read."""
+    """Send a hundred requests before reading the first answer."""
     with closing(target.connect()) as connection:
         connection.sendall(target.head("GET /health") * 99)
         connection.sendall(target.head("GET /health", "Connection: close"))
@@ -194,7 +196,7 @@ def pipelines(target: Target) -> list[str]:
 
 
 def malformed(target: Target) -> list[str]:
-    """Bodies that are no UTF-8, no JSON, nested 100 000 times, or a little of a good one."""
+    """Send bodies that are not UTF-8, not JSON, deeply nested, truncated, or of huge numbers."""
     chance, good = target.chance, target.asked(tools=[])
     deep = b'{"model": "%b", "prompt": "a", "metadata": %b}'
     bodies = [
@@ -210,7 +212,7 @@ def malformed(target: Target) -> list[str]:
 
 
 def cancellations(target: Target) -> list[str]:
-    """Texts that nobody waits for."""
+    """Ask for streams, and close the connection at once or after the first bytes."""
     many = 50
     for _ in range(many):
         with closing(target.connect()) as connection:
@@ -222,13 +224,13 @@ def cancellations(target: Target) -> list[str]:
 
 
 def guessed_keys(target: Target) -> list[str]:
-    """Keys that are almost right, or no keys at all."""
+    """Send keys that are almost right, empty, not ASCII, or too long."""
     guesses = [target.key[:-1], target.key + "x", target.key.upper(), "", "\xe9", "a" * 5000]
     return [target.status(target.post(target.asked(), key=guess)) for guess in guesses]
 
 
 def injected_lines(target: Target) -> list[str]:
-    """Paths, methods and headers that look like lines of the log, and ever new ones."""
+    """Send paths, methods and headers that imitate log lines; each call sends new ones."""
     number = target.chance.getrandbits(64)
     fake = "%0a%7b%22level%22%3a%22error%22%7d%0d%0a%e2%80%a8"
     return [
@@ -241,7 +243,7 @@ def injected_lines(target: Target) -> list[str]:
 
 
 def overload(target: Target) -> list[str]:
-    """Two hundred requests at once: ten times as many as there is room for."""
+    """Send two hundred requests at once: ten times as many as the server has room for."""
     with ExitStack() as stack:
         many = [stack.enter_context(closing(target.connect())) for _ in range(200)]
         for connection in many:
@@ -255,7 +257,7 @@ def overload(target: Target) -> list[str]:
     return found
 
 
-# Of requests that the server has to answer, others have to wait for their turn.
+# Attacks with valid requests. The server has to answer them, so good clients have to wait.
 LOADS: tuple[Attack, ...] = (overload,)
 
 ATTACKS: tuple[Attack, ...] = (

@@ -1,7 +1,7 @@
-"""What can be wrong with a file: by accident, or because somebody wants harm.
+"""Damage files at random, as accidents or attackers might.
 
-`damaged` draws one kind of damage that fits the form of a file. Structures are damaged as they are
-read: JSON entry by entry, the head of a safetensors file as the JSON that it is.
+`damaged` draws one kind of damage that fits the form of a file. Structured files are damaged in
+their structure: JSON in a random entry, a safetensors file in the JSON of its header.
 """
 
 import copy
@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 Form = Literal["bytes", "json", "lines", "safetensors", "template", "text", "gzip"]
 
-# Ends of integers, and what is one more than they hold.
+# Limits of integer types, and these limits plus one.
 _NUMBERS = (0, 1, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 
 _DEPTH = 100_000
 _MANY = 200_000
 
-# A folder beside those of the files, which is not to be touched.
+# A folder beside the folders of the files, which must not be touched.
 OUTSIDE = "outside"
 
 _PATHS = (
@@ -55,13 +55,13 @@ _SCALARS: tuple[object, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What becomes of a file.
+    """One damage of a file.
 
     Attributes:
-        kind: in a word or two.
-        content: its new bytes; None where it becomes a link.
-        link: what it leads to.
-        leads_out: it names a place outside its folder.
+        kind: kind of damage, in a word or two.
+        content: new content of the file; None if the file becomes a symbolic link.
+        link: target of that link.
+        leads_out: whether the damaged file names, or links to, a place outside its folder.
     """
 
     kind: str
@@ -71,13 +71,13 @@ class Damage:
 
 
 def damaged(content: bytes, form: Form, draw: random.Random, *, is_file: bool) -> Damage:
-    """One kind of damage.
+    """Draw one damage of a file.
 
     Args:
-        content: of the file.
-        form: what it is.
-        draw: where it is drawn from.
-        is_file: it may become a link.
+        content: content of the file.
+        form: format of the content.
+        draw: random numbers.
+        is_file: whether the content is in a file, which may become a symbolic link.
     """
     if is_file and draw.random() < 0.04:
         return _link(draw)
@@ -100,9 +100,9 @@ def _link(draw: random.Random) -> Damage:
 
 
 def _of_bytes(content: bytes, draw: random.Random) -> Damage:
-    """What discs, transfers and editors do, and lengths that lie."""
+    """Damage bytes as disks, transfers and editors do, or write false lengths."""
     found = bytearray(content)
-    # Half of it hits the beginning, where heads are.
+    # Half of the damage hits the beginning, where headers are.
     end = max(1, len(found) if draw.random() < 0.5 else min(len(found), 2000))
     place, length = draw.randrange(end), draw.randint(1, 20)
     part = found[place : place + length]
@@ -138,7 +138,7 @@ def _of_bytes(content: bytes, draw: random.Random) -> Damage:
 
 
 def _of_json(content: bytes, draw: random.Random) -> Damage:
-    """An entry of another type, name, count or depth."""
+    """Change the type, name, count or depth of one entry of a JSON value."""
     try:
         value = json.loads(content)
     except ValueError:
@@ -148,7 +148,7 @@ def _of_json(content: bytes, draw: random.Random) -> Damage:
 
 
 def _of_lines(content: bytes, draw: random.Random) -> Damage:
-    """The same in one line of JSON Lines."""
+    """Damage one line of JSON Lines as JSON."""
     lines = content.split(b"\n")
     place = draw.randrange(len(lines))
     done = _of_json(lines[place], draw)
@@ -157,7 +157,7 @@ def _of_lines(content: bytes, draw: random.Random) -> Damage:
 
 
 def _of_safetensors(content: bytes, draw: random.Random) -> Damage:
-    """The same in the head of a safetensors file, whose length is right again."""
+    """Damage the header of a safetensors file as JSON, and correct its length."""
     (length,) = struct.unpack("<Q", content[:8])
     done = _of_json(content[8 : 8 + length], draw)
     head = done.content or b""
@@ -165,7 +165,7 @@ def _of_safetensors(content: bytes, draw: random.Random) -> Damage:
 
 
 def _of_gzip(content: bytes, draw: random.Random) -> Damage:
-    """The same in what is compressed; or very much of nothing."""
+    """Damage compressed JSON Lines, or make a decompression bomb."""
     if draw.random() < 0.02:
         return Damage("a bomb", gzip.compress(b" " * (64 << 20), compresslevel=9))
     done = _of_lines(gzip.decompress(content), draw)
@@ -173,7 +173,7 @@ def _of_gzip(content: bytes, draw: random.Random) -> Damage:
 
 
 def _changed(value: Any, draw: random.Random) -> tuple[str, str, bool]:
-    """What was done to one entry of a value, the JSON of that, and whether it names a way out."""
+    """Change one entry; return the kind, the JSON, and whether a path now leads out."""
     mark = "\ufdd0here"
     holders = list(_holders(value))
     if not holders:
@@ -216,7 +216,7 @@ def _changed(value: Any, draw: random.Random) -> tuple[str, str, bool]:
 
 
 def _holders(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every entry of a value: the list or object that it is in, and its place there."""
+    """Yield every entry of a value: the list or object that holds it, and its index or key."""
     if isinstance(value, dict | list):
         entries = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
         for key, inner in entries:
@@ -229,7 +229,7 @@ def _leads_out(path: str) -> bool:
 
 
 def _of_template(content: bytes, draw: random.Random) -> Damage:
-    """A program that does something else."""
+    """Insert hostile code into a template."""
     text = content.decode()
     many = draw.choice((200, 3000, _DEPTH))
     extras = (
@@ -258,7 +258,7 @@ def _of_template(content: bytes, draw: random.Random) -> Damage:
 
 
 def _of_text(content: bytes, draw: random.Random) -> Damage:
-    """Other encodings, and lines of all lengths."""
+    """Change the encoding of a text, or the length of its lines."""
     text = content.decode()
     kind, found = draw.choice(
         (
@@ -279,7 +279,7 @@ def _of_text(content: bytes, draw: random.Random) -> Damage:
 
 
 def place(damage: Damage, path: Path) -> None:
-    """Do it to a file."""
+    """Apply a damage to a file."""
     if damage.content is None:
         path.unlink(missing_ok=True)
         path.symlink_to(damage.link)

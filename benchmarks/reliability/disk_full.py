@@ -1,10 +1,10 @@
-"""A disk that is full at every size, from nothing to what a command needs.
+"""Run commands on disks of every size that is too small.
 
-The output folder is on a tmpfs of a limited size, in steps of a page from nothing to what the
-command needs: so every write that takes new space is the one that fails, once. Each time the
-command has to end with exit code 5 and without a traceback, to leave the model as it was, and,
-after the disk has grown, to finish with the bytes of a run that was left alone. Needs the right
-to mount.
+The output folder is on a tmpfs of a limited size, in steps of a page from zero to what the command
+needs, so that each write that takes new space fails at one of the sizes. Each time the command has
+to end with exit code 5 and without a traceback, and has to leave the model unchanged. After the
+disk has grown, the repeated command has to finish with the bytes of an undisturbed run. Needs the
+right to mount.
 """
 
 import os
@@ -24,7 +24,7 @@ _FULL = 5
 PAGE = 4096
 _LARGE = 1 << 30
 
-# Those that write much in different ways, the one that does everything first.
+# Commands that write much in different ways; the one that runs every stage comes first.
 _BY_NAME = {work.name: work for work in WORKS}
 _WORKS = tuple(_BY_NAME[name] for name in ("prune-export", "prune-best", "shrink"))
 
@@ -36,9 +36,11 @@ class Filled:
     """One command on a disk that was too small.
 
     Attributes:
-        size: of the disk, in bytes.
-        enough: the command finished on it.
-        fault: what was wrong; empty if nothing was.
+        work: name of the command.
+        size: size of the disk, in bytes.
+        enough: whether the command finished on this disk.
+        seconds: time of the attempt and of the repeated command.
+        fault: what went wrong; empty if nothing did.
     """
 
     work: str
@@ -49,9 +51,9 @@ class Filled:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Fill the disk of one command after the other, at all sizes that are not enough.
+    """Run one command after the other on disks of all sizes that are too small.
 
-    Sizes that are far from each other come first, and a later run goes on where this one ends.
+    Sizes that are far from each other come first, and a later run continues where this one ends.
     """
     if not _can_mount():
         yield Slice([Figure("disks that could be mounted", 0, least=1)])
@@ -91,10 +93,10 @@ def _tried(work: str) -> str:
 
 
 def _until_enough(alone: Undisturbed, disk: Path) -> Iterator[Filled]:
-    """Disks of which the smallest that is enough is one, by bisection.
+    """Search for the smallest size that is enough by bisection, and yield every attempt.
 
     Raises:
-        RuntimeError: the command fails on the largest one, too.
+        RuntimeError: the command fails on the largest disk too.
     """
     too_small, enough = -PAGE, PAGE
     while not (tried := fill(alone, disk, enough)).enough:
@@ -113,7 +115,7 @@ def _until_enough(alone: Undisturbed, disk: Path) -> Iterator[Filled]:
 
 
 def _spread(needed: int) -> Iterator[int]:
-    """All multiples of a page below, such that the first ones are far from each other."""
+    """Yield all multiples of a page below a size; the first ones are far from each other."""
     pages = needed // PAGE
     step, seen = 1 << max(pages - 1, 0).bit_length(), set()
     while step:
@@ -125,12 +127,12 @@ def _spread(needed: int) -> Iterator[int]:
 
 
 def fill(alone: Undisturbed, disk: Path, size: int) -> Filled:
-    """Run a command on a disk of a size, and again when it has grown.
+    """Run a command on a disk of a size, and repeat it after the disk has grown.
 
     Args:
         alone: the command.
-        disk: a folder to mount the disk at.
-        size: bytes of it beside those of what the command begins with.
+        disk: folder to mount the disk at.
+        size: bytes of the disk, in addition to those of the bundle that the command begins with.
     """
     begin, model = time.monotonic(), alone.model
     before = {path: path.read_bytes() for path in model.iterdir()}
@@ -154,7 +156,7 @@ def fill(alone: Undisturbed, disk: Path, size: int) -> Filled:
 
 @contextmanager
 def mounted(disk: Path, size: int) -> Iterator[None]:
-    """A tmpfs of a size at a folder."""
+    """Mount a tmpfs of a size at a folder."""
     disk.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk],
@@ -168,7 +170,7 @@ def mounted(disk: Path, size: int) -> Iterator[None]:
 
 
 def _can_mount() -> bool:
-    """This process may mount."""
+    """Whether this process may mount file systems."""
     return os.geteuid() == 0 and shutil.which("mount") is not None
 
 
@@ -177,7 +179,7 @@ def _resize(disk: Path, size: int) -> None:
 
 
 def _used(folder: Path) -> int:
-    """Bytes that a folder takes on a tmpfs, its folders included."""
+    """Return the bytes that a folder takes on a tmpfs, its subfolders included."""
     if not folder.exists():
         return PAGE
     return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*")) + PAGE

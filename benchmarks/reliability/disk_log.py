@@ -1,14 +1,14 @@
-"""What a process does to a folder, call by call, and what a power cut leaves of it.
+"""Log what a process does to a folder, and draw what a power cut leaves of the folder.
 
-`record` runs in the process and looks at the folder before every call that changes names or flushes
-something: the names, and the content of every file. Writes need not be seen themselves, because
-what was written and not flushed may be there after a power cut as a whole, in part, or not at all.
-`Log.cut` draws such a remainder:
+`record` runs in the process. Before every call that changes names or flushes, it notes the names in
+the folder and the content of every file. Writes themselves need not be logged, because data that is
+not flushed may survive a power cut as a whole, in part, or not at all. `Log.cut` draws a state that
+the power cut may leave:
 
-- a file has the content of its last flush, or, if it was changed since, one of these: that, the new
-  content, a beginning of it, nothing, pages of zeros, or pages of both;
-- a folder has the names of its last flush or those of any moment after. On most file systems names
-  come in the order in which they were given; on some, each folder by itself.
+- A file has the content of its last flush. If it was changed since, it has that content, the new
+  content, a prefix of it, nothing, or a mix of new, old and zero pages.
+- A folder has the names of its last flush or of any moment after it. On most file systems names
+  become durable in the order in which they were made; on some, in each folder independently.
 """
 
 import hashlib
@@ -29,18 +29,21 @@ _CALLS = ("rename", "replace", "link", "symlink", "unlink", "remove", "rmdir", "
 
 _MOMENTS = "moments"
 
-Names = dict[int, dict[str, int]]  # of a folder by its inode: names and inodes
+Names = dict[int, dict[str, int]]  # maps a folder's inode to its names and their inodes
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The folder before a call.
+    """State of the folder before a call.
+
+    Files and folders are identified by numbers that stand for inodes; the folder itself is 0.
 
     Attributes:
-        call: what comes, such as "fsync".
-        flushed: number of what it flushes; 0 for none, or the folder itself.
-        names: what is where, by numbers that stand for inodes; the folder itself is 0.
-        contents: of files: SHA-256 of the bytes, which are in the log's folder.
+        call: name of the call, such as "fsync".
+        flushed: number of what the call flushes; 0 for nothing, or for the folder itself.
+        names: maps the number of a folder to its names and their numbers.
+        contents: maps the number of a file to the SHA-256 of its content, which the log's folder
+            holds.
     """
 
     call: str
@@ -51,11 +54,11 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """All that a process did.
+    """Log of everything that a process did to a folder.
 
     Attributes:
-        folder: of the contents.
-        moments: in the order in which they came.
+        folder: folder with the contents of files.
+        moments: states of the folder, in order.
     """
 
     folder: Path
@@ -63,14 +66,14 @@ class Log:
 
     @classmethod
     def read(cls, folder: Path) -> "Log":
-        """What `record` left."""
+        """Read the log that `record` wrote."""
         numbers: dict[int, int] = {}
         fresh = itertools.count(1)
         moments = []
         for line in (folder / _MOMENTS).read_text(encoding="utf-8").splitlines():
             moment = _moment(json.loads(line))
             there = {*moment.names, *moment.contents}
-            # An inode that is gone may come back as another file.
+            # The inode of a deleted file may be used for another file later.
             numbers = {inode: number for inode, number in numbers.items() if inode in there}
             numbers[0] = 0
             for inode in sorted(there - set(numbers)):
@@ -79,10 +82,15 @@ class Log:
         return cls(folder, moments)
 
     def cut(self, at: int, draw: random.Random, out: Path) -> int:
-        """Make a folder as it may be when the power goes just before a call.
+        """Write a folder as a power cut just before a call may leave it.
+
+        Args:
+            at: index of the call.
+            draw: random numbers.
+            out: folder to write.
 
         Returns:
-            how many files are not what they were.
+            The number of files that lost their last writes.
         """
         flushed, since, kept = self._flushed(at)
         ordered = draw.random() < 0.75
@@ -95,7 +103,7 @@ class Log:
             done.add(inode)
             least = max(flushed.get(inode, 0), since.get(inode, 0))
             moment = self.moments[together if ordered else draw.randint(least, at)]
-            # A folder that was not there yet at that moment is empty.
+            # A folder that did not exist yet at that moment is empty.
             for name, inner in sorted(moment.names.get(inode, {}).items()):
                 if inner not in moment.names:
                     content, whole = self._content(inner, at, kept, draw)
@@ -108,9 +116,13 @@ class Log:
         return changed
 
     def _flushed(self, at: int) -> tuple[dict[int, int], dict[int, int], dict[int, str]]:
-        """When a folder was last flushed; since when it is there; what a file was flushed with.
+        """Return what is durable before a call.
 
-        What was there at first is on the disk.
+        What existed when the log began counts as flushed.
+
+        Returns:
+            For each folder the index of its last flush; for each folder the index at which it
+            first existed; and for each file the digest of its last flushed content.
         """
         first = self.moments[0]
         flushed, since = {0: 0}, dict.fromkeys(first.names, 0)
@@ -127,7 +139,7 @@ class Log:
     def _content(
         self, inode: int, at: int, kept: dict[int, str], draw: random.Random
     ) -> tuple[bytes, bool]:
-        """What a file may have, and whether that is what was last written to it."""
+        """Draw the content of a file, and say whether it is what was last written."""
         seen = (moment.contents.get(inode) for moment in reversed(self.moments[: at + 1]))
         last = next((digest for digest in seen if digest), None)
         new = self._bytes(last)
@@ -142,7 +154,7 @@ class Log:
 
 
 def _moment(line: tuple[str, int, dict[str, dict[str, int]], dict[str, str]]) -> Moment:
-    """A line of the log; JSON's names are texts, inodes are none."""
+    """Parse a line of the log; JSON has inodes as text where they are keys."""
     call, flushed, names, contents = line
     return Moment(
         call,
@@ -153,7 +165,7 @@ def _moment(line: tuple[str, int, dict[str, dict[str, int]], dict[str, str]]) ->
 
 
 def _renumbered(moment: Moment, numbers: dict[int, int]) -> Moment:
-    """With other numbers in place of inodes."""
+    """Return the state with other numbers in place of inodes."""
     return Moment(
         moment.call,
         numbers.get(moment.flushed, 0),
@@ -166,7 +178,7 @@ def _renumbered(moment: Moment, numbers: dict[int, int]) -> Moment:
 
 
 def torn(old: bytes, new: bytes, draw: random.Random) -> bytes:
-    """What may be on the disk of a file that was not flushed since its content was `old`."""
+    """Draw what may be on disk of a file that changed from `old` to `new` without a flush."""
     match draw.randrange(6):
         case 0:
             return old
@@ -187,11 +199,11 @@ def torn(old: bytes, new: bytes, draw: random.Random) -> bytes:
 
 
 def record(folder: Path, log: Path) -> None:
-    """Write down from now on what this process does to a folder.
+    """Log from now on what this process does to a folder, by wrapping functions of `os`.
 
     Args:
-        folder: it may not be there yet.
-        log: an empty folder.
+        folder: the folder; it need not exist yet.
+        log: empty folder for the log.
     """
     lock, seen = threading.RLock(), (log / _MOMENTS).open("a", encoding="utf-8")
     folder = folder.absolute()
@@ -224,7 +236,7 @@ def record(folder: Path, log: Path) -> None:
 
 
 def _path(name: object, folder: object) -> Path | None:
-    """What a call is given, as an absolute path."""
+    """Return the path argument of a call as an absolute path; None for a descriptor."""
     if not isinstance(name, str | bytes | os.PathLike):
         return None
     path = Path(os.fsdecode(name))
@@ -234,7 +246,7 @@ def _path(name: object, folder: object) -> Path | None:
 
 
 def _snapshot(folder: Path, log: Path) -> tuple[Names, dict[int, str]]:
-    """Every name in a folder, and the content of every file, which is kept."""
+    """Return all names below a folder and the digests of all files; store their contents."""
     names: Names = {}
     contents: dict[int, str] = {}
     if not folder.is_dir():
@@ -264,7 +276,7 @@ def _folders(folder: Path) -> Iterator[tuple[int, Path]]:
 def _keep(file: Path, log: Path) -> str:
     try:
         content = file.read_bytes()
-    except FileNotFoundError:  # gone since the folder was listed
+    except FileNotFoundError:  # deleted since the folder was listed
         content = b""
     digest = hashlib.sha256(content).hexdigest()
     kept = log / digest

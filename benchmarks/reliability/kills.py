@@ -1,8 +1,8 @@
-"""`kill -9` at a random moment of a command, and then the same command once more.
+"""Kill a command with `kill -9` at a random moment, and run the same command once more.
 
-The second run has to end with exit code 0 and the bytes of a run that was left alone, in every file
-that two such runs agree on; the rest has times in it. No block whose entry was in the journal when
-the first run was killed may be done again.
+The second run has to end with exit code 0 and the bytes of an undisturbed run, in every file in
+which two undisturbed runs agree; the other files contain times. A block whose entry was in the
+journal at the moment of the kill must not be computed again.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from benchmarks.reliability.part import Figure, Part, Setting, Slice
 from benchmarks.reliability.undisturbed import Undisturbed, undisturbed
 from benchmarks.reliability.works import WORKS
 
-# A little longer than the command takes, so that its last moments are hit too.
+# Latest moment of the kill, times the duration of the command: its last moments are hit too.
 _BEYOND = 1.05
 _LOOK_SECONDS = 0.005
 
@@ -34,11 +34,12 @@ class Killed:
     """One command that was killed and repeated.
 
     Attributes:
-        after: seconds from its start to the end of it.
-        ended: it had ended before, so that nothing was killed.
-        entries: blocks that were in a journal when it was killed.
-        again: of these, computed again by the second run.
-        fault: what was wrong; empty if nothing was.
+        work: name of the command.
+        after: seconds from the start of the command to the kill.
+        ended: whether the command had ended before, so that nothing was killed.
+        entries: number of blocks in the journal at the moment of the kill.
+        again: number of these blocks that the second run computed again.
+        fault: what went wrong; empty if nothing did.
     """
 
     work: str
@@ -50,7 +51,7 @@ class Killed:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Kill one command after the other, as often as there is time for, and each at least once."""
+    """Kill one command after the other, each at least once, until time or goal is reached."""
     kills = setting.so_far(_KILLS)
     before = kills + setting.so_far(_ENDED)
     draw, end = random.Random(f"{setting.seed} {before}"), time.monotonic() + setting.seconds
@@ -105,17 +106,17 @@ def kill(alone: Undisturbed, out: Path, draw: random.Random) -> Killed:
 
 
 def _entries(out: Path) -> set[tuple[str, int]]:
-    """The entries of journals, with the time of each."""
+    """Return the entries of the journals, with the modification time of each."""
     found = set()
     for path in out.rglob("block-*.json"):
-        with contextlib.suppress(FileNotFoundError):  # a journal goes when its work is done
+        with contextlib.suppress(FileNotFoundError):  # a journal is deleted when its work is done
             found.add((str(path.relative_to(out)), path.stat().st_mtime_ns))
     return found
 
 
 @contextmanager
 def _watched(out: Path) -> Iterator[set[tuple[str, int]]]:
-    """The entries that are in the journals at any time from now on."""
+    """Collect the entries that are in the journals at any time inside the block."""
     seen: set[tuple[str, int]] = set()
     over = threading.Event()
 

@@ -1,10 +1,10 @@
-"""Too little memory, in steps from enough to far too little.
+"""Prune under memory limits, in steps from enough to far too little.
 
-`prune` runs on a model whose layers are wide enough to matter, with a limit on the memory that it
-may take beside what its process begins with: by RLIMIT_AS, and, where this process may make a
-control group, by that. It has to end with exit code 0 and the bytes of a run without a limit, or
-with exit code 5 and how many GB are needed, never by a signal and never with a traceback. Without a
-limit, the most that the process held is compared with what `--dry-run` says.
+`prune` runs on a model with wide layers, with a limit on the memory that it may take in addition to
+what its process begins with. The limit is RLIMIT_AS, and a control group where this process may
+make one. The command has to end with exit code 0 and the bytes of a run without a limit, or with
+exit code 5 and the number of GB that are needed; never by a signal, and never with a traceback.
+Without a limit, peak memory is compared with the estimate of `--dry-run`.
 """
 
 import itertools
@@ -32,7 +32,7 @@ _GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 _LIMIT = ("memory.limit_in_bytes", "memory.max")
 _PEAK = ("memory.max_usage_in_bytes", "memory.peak")
 
-# Of what is needed by the dry run, what is left to the process.
+# Limits, relative to the memory that is needed according to the dry run.
 STEPS = (2.0, 1.5, 1.25, 1.1, 1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.1, 0.05, 0.0)
 _OFF = 0.2
 _MOST_SECONDS = 600.0
@@ -50,13 +50,14 @@ _FAULTS = "runs with another exit code, or with 5 without the memory that is nee
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """A command with little memory.
+    """One run of a command under a memory limit.
 
     Attributes:
-        by: what limits it.
-        share: of what it needs, that it has.
-        code: its exit code.
-        fault: what was wrong; empty if nothing was.
+        work: name of the command.
+        by: kind of limit.
+        share: the limit, relative to the memory that is needed.
+        code: exit code of the command.
+        fault: what went wrong; empty if nothing did.
     """
 
     work: str
@@ -67,7 +68,7 @@ class Limited:
 
 
 def write_wide_model(folder: Path) -> Path:
-    """A LLaMA of two blocks whose layers take some hundred MB while they are pruned."""
+    """Write a LLaMA of two blocks whose layers take some hundred MB while they are pruned."""
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_model(
@@ -83,7 +84,7 @@ def write_wide_model(folder: Path) -> Path:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Every command, every kind of limit, every step, as far as there is time."""
+    """Run every command with every kind of limit and every step, as far as time allows."""
     end = time.monotonic() + setting.seconds
     every = undisturbed(WORKS, setting, write_wide_model)
     for alone in every:
@@ -96,7 +97,7 @@ def run(setting: Setting) -> Iterator[Slice]:
                        least=1 - _OFF, most=1 + _OFF, joined="last"),
             ]
         )  # fmt: skip
-        if alone.work == WORKS[0]:  # all of them begin in the same way
+        if alone.work == WORKS[0]:  # all commands begin in the same way
             held = held_before(alone, setting.folder / "out")
             begun = begun_with(alone, setting.folder / "out") if _root() else 0
         for by, share in itertools.product(_kinds(), STEPS):
@@ -119,7 +120,7 @@ def _kinds() -> list[str]:
 
 
 def _root() -> Path | None:
-    """Where this process may make groups that limit memory; None if it may not."""
+    """Return the folder in which this process may make memory control groups; None without one."""
     for root in _GROUPS:
         probe = root / f"thanos-deploy-{os.getpid()}"
         with suppress(OSError):
@@ -132,7 +133,7 @@ def _root() -> Path | None:
 
 
 def _planned(alone: Undisturbed, out: Path) -> dict[str, object]:
-    """What the dry run says."""
+    """Return the estimate of the dry run."""
     command = alone.work.begin(alone.model, out, "--dry-run", "--json")
     output, errors = command.communicate()
     if command.returncode != 0:
@@ -142,7 +143,7 @@ def _planned(alone: Undisturbed, out: Path) -> dict[str, object]:
 
 
 def compared(alone: Undisturbed, out: Path) -> tuple[int, float]:
-    """The bytes of the dry run, and those that were held, as a part of them."""
+    """Return the bytes needed according to the dry run, and the peak memory relative to them."""
     estimate = _planned(alone, out)
     alone.copy(out)
     alone.work.finish(alone.model, out)
@@ -152,7 +153,7 @@ def compared(alone: Undisturbed, out: Path) -> tuple[int, float]:
 
 
 def held_before(alone: Undisturbed, out: Path) -> int:
-    """The bytes that the dry run counts for the process before pruning begins."""
+    """Return the bytes that the dry run counts for the process before pruning begins."""
     memory = _planned(alone, out)["memory"]
     assert isinstance(memory, dict)
     (held,) = (term["bytes"] for term in memory["host"] if term["name"] == BEFORE)
@@ -160,9 +161,9 @@ def held_before(alone: Undisturbed, out: Path) -> int:
 
 
 def begun_with(alone: Undisturbed, out: Path) -> int:
-    """The bytes that a group is charged with for a dry run, which begins as the command does.
+    """Return the peak memory of a control group in a dry run, which begins as the command does.
 
-    Most are copies of what a process shares with the one that it was forked from.
+    Most of it are copies of pages that the process shares with its parent after the fork.
     """
     with group() as folder:
         command = alone.work.begin(
@@ -175,7 +176,16 @@ def begun_with(alone: Undisturbed, out: Path) -> int:
 def limited(
     alone: Undisturbed, out: Path, by: str, share: float, needed: int, begun: int = 0
 ) -> Limited:
-    """Do a command with a share of what it needs, beside what it begins with in a group."""
+    """Run a command with a share of the memory that it needs.
+
+    Args:
+        alone: the command.
+        out: folder for the bundle.
+        by: "RLIMIT_AS" or "control group".
+        share: the limit, relative to `needed`.
+        needed: bytes that the command needs beyond what its process begins with.
+        begun: bytes that the process begins with, which a control group has to allow as well.
+    """
     alone.copy(out)
     allowed = int(share * needed)
     if by == "RLIMIT_AS":
@@ -191,7 +201,7 @@ def limited(
 
 
 def _waited(command: Command) -> bytes:
-    """What it says on standard error; one that does not end is ended, which counts as a fault."""
+    """Return the command's standard error; after ten minutes kill it, which counts as a fault."""
     timer = threading.Timer(_MOST_SECONDS, command.kill)
     timer.start()
     _, errors = command.communicate()
@@ -210,14 +220,14 @@ def _fault(alone: Undisturbed, out: Path, command: Command, said: str) -> str:
 
 
 def limit_addresses(allowed: int) -> None:
-    """Let this process take so many bytes more."""
+    """Limit the address space of this process to its present size plus some bytes."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (taken + allowed, taken + allowed))
 
 
 @contextmanager
 def group() -> Iterator[Path]:
-    """A control group without members; who is in it when it is left is gone by then."""
+    """Make an empty control group, and remove it once its processes have ended."""
     root = _root()
     assert root
     folder = root / f"thanos-deploy-{os.getpid()}"
@@ -233,9 +243,9 @@ def group() -> Iterator[Path]:
 
 
 def join(folder: Path, allowed: int) -> None:
-    """Put this process into a group that may take so many bytes from now on.
+    """Move this process into a control group, and limit the memory of that group.
 
-    What it has so far is charged to the group that it leaves.
+    Memory that the process has already stays charged to its former group.
     """
     (folder / "cgroup.procs").write_text(str(os.getpid()))
     for name in _LIMIT:

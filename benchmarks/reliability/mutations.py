@@ -1,12 +1,12 @@
-"""Damaged files of every kind: each damage is detected or harmless, and touches nothing else.
+"""Damage files of every kind: each damage is detected or harmless, and no other file is touched.
 
-Victims (`victims`) are made once. Children are forked from there, each of which damages one kind of
-file a few hundred times (`damage`) and reads it, with 2 GB beside what it begins with. Its parent
-ends it when one file takes far longer than it may; where it ended before its time, the next child
-goes on with the file after. Traps (`traps`) tell what else was touched.
+The files (`victims`) are made once. Then children are forked. Each child damages one kind of file
+up to 200 times (`damage`) and reads it, with 2 GB of memory beyond what it begins with. The parent
+kills a child that takes far longer than allowed for one file. If a child ends early, the next child
+continues with the file after. Traps (`traps`) report accesses to other files.
 
-A kind and a number say with the seed what was done, so that any of them can be done again in this
-process: python -m benchmarks.reliability.mutations KIND NUMBER [--seed S]
+Kind, number and seed determine the damage, so that any of them can be repeated in this process:
+python -m benchmarks.reliability.mutations KIND NUMBER [--seed S]
 """
 
 import argparse
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from benchmarks.reliability.victims import Victim
 
 GOAL = 20_000
-MOST_SECONDS = 30.0  # of a processor
-_SILENT_SECONDS = 120.0  # by the clock, until a child is ended; a machine may be busy
+MOST_SECONDS = 30.0  # of processor time for one file
+_SILENT_SECONDS = 120.0  # wall-clock time until a silent child is killed; the machine may be busy
 MOST_GIGABYTES = 2.0
-BATCH = 200  # of one kind, until another one's turn
+BATCH = 200  # damaged files of one kind before the next kind's turn
 
 _MUTATIONS = "damaged files"
 _READY, _FORKED_SECONDS = b"ready", 120.0
@@ -48,14 +48,14 @@ _READY, _FORKED_SECONDS = b"ready", 120.0
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How one damaged file ended.
+    """Outcome of reading one damaged file.
 
     Attributes:
-        number: of it.
+        number: number of the damage.
         how: "detected", "harmless" or "fault".
-        said: of a fault, what it was.
-        seconds: of a processor that it took.
-        gigabytes: the most that the child has held so far, beside what it began with.
+        said: description of a fault.
+        seconds: processor time of the read.
+        gigabytes: growth of the child's memory up to its peak so far.
     """
 
     number: int
@@ -66,7 +66,7 @@ class Ended:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Damage files, next always the kind with the fewest, until all have enough or time is over."""
+    """Damage files until every kind has enough or the time is over; the rarest kind is next."""
     from benchmarks.reliability.victims import KINDS
 
     made = {kind: victims(setting.folder, kind) for kind in KINDS}
@@ -81,12 +81,12 @@ def run(setting: Setting) -> Iterator[Slice]:
 
 
 def _own(folder: Path, kind: str) -> Path:
-    """The folder that may be changed by what reads that kind."""
+    """Return the folder that readers of a kind may change."""
     return folder / kind / "inside"
 
 
 def victims(folder: Path, kind: str) -> "list[Victim]":
-    """The victims of a kind, with baits beside their folders."""
+    """Make the victims of a kind, with bait folders beside theirs."""
     from benchmarks.reliability.victims import KINDS
 
     own = _own(folder, kind)
@@ -139,7 +139,7 @@ def _found(kind: str, ended: Sequence[Ended], least: int) -> Slice:
 def batch(
     seed: int, kind: str, these: "Sequence[Victim]", numbers: range, own: Path
 ) -> Iterator[Ended]:
-    """Damage so many files of one kind, in as many children as that takes."""
+    """Damage files of one kind, by their numbers, in as many children as needed."""
     while numbers:
         reading, writing = os.pipe()
         child = os.fork()
@@ -167,7 +167,7 @@ def batch(
 
 
 def _lines(told: IO[bytes]) -> Iterator[bytes]:
-    """What a child says when it has begun, line by line; an empty one when it is too silent."""
+    """Yield the lines that a child writes, and an empty line if it is silent for too long."""
     rest, seconds = b"", _FORKED_SECONDS
     while True:
         ready, _, _ = select.select([told], [], [], seconds)
@@ -185,7 +185,7 @@ def _lines(told: IO[bytes]) -> Iterator[bytes]:
 def _child(
     seed: int, kind: str, these: "Sequence[Victim]", numbers: range, own: Path, writing: int
 ) -> None:
-    """Damage and read; never returns."""
+    """Damage and read the files in a child process; never return."""
     code = 1
     try:
         silent = os.open(os.devnull, os.O_WRONLY)
@@ -214,7 +214,7 @@ def _limit_memory() -> None:
 def one(
     seed: int, kind: str, these: "Sequence[Victim]", number: int, traps: Traps | None = None
 ) -> Ended:
-    """Damage a file, read it, and put it right again."""
+    """Damage a file, read it, and restore it."""
     draw = random.Random(f"{seed} {kind} {number}")
     victim = draw.choice(these)
     is_file = victim.path is not None
@@ -257,7 +257,7 @@ def _switch(traps: Traps | None, *, on: bool) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """An exception that is none of this project's, and where it was raised."""
+    """Describe an unexpected exception, and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = [frame for frame in frames if "thanos_deploy" in frame.filename] or frames
     at = f"{Path(where[-1].filename).name}:{where[-1].lineno}"
@@ -265,7 +265,7 @@ def _said(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Do one again, and let its exception end this process."""
+    """Repeat one damage in this process, and print the whole traceback of a fault."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kind")
     parser.add_argument("number", type=int)

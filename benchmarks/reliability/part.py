@@ -1,4 +1,4 @@
-"""What a part of the campaign is, and what it finds."""
+"""The interface of a part of the campaign, and the form of its results."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,14 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a part is given.
+    """The arguments of a part.
 
     Attributes:
-        bundle: makes a small one, with the target onnx; not to be changed.
-        folder: an empty one to work in.
-        seconds: about how long it may take.
-        seed: what is drawn at random depends on it and on `done` alone.
-        done: the values of the part's figures so far, by name; empty at first.
+        bundle: makes a small bundle with the target onnx, which must not be changed.
+        folder: empty folder to work in.
+        seconds: time limit, approximately.
+        seed: random numbers depend only on this seed and on `done`.
+        done: maps the names of the part's figures to their values so far; empty at first.
     """
 
     bundle: Callable[[], Path]
@@ -25,19 +25,20 @@ class Setting:
     done: Mapping[str, float] = field(default_factory=dict)
 
     def so_far(self, name: str) -> int:
-        """How often something was done."""
+        """Return the value of a figure so far; 0 if there is none."""
         return int(self.done.get(name, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One result.
+    """One counted or measured result.
 
     Attributes:
         name: what was counted or measured, with its unit.
-        value: of it.
-        least, most: what it is to be; None where it only says how much was done.
-        joined: what becomes of it and that of an earlier slice.
+        value: the value.
+        least, most: required range of the value; None for no limit.
+        joined: how the value is combined with that of an earlier slice: their sum, the larger one,
+            or the later one.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Figure:
 
     @property
     def wanted(self) -> str:
-        """What it is to be, in words."""
+        """The required range in words; empty if there is none."""
         words = []
         if self.least is not None:
             words.append(f"at least {self.least:g}")
@@ -58,16 +59,16 @@ class Figure:
 
     @property
     def holds(self) -> bool:
-        """It is."""
+        """Whether the value is in the required range."""
         return self.is_enough and (self.most is None or self.value <= self.most)
 
     @property
     def is_enough(self) -> bool:
-        """As much was done as is to be."""
+        """Whether the value has reached the lower limit."""
         return self.least is None or self.value >= self.least
 
     def after(self, earlier: float) -> "Figure":
-        """Together with the value of an earlier slice."""
+        """Return the figure combined with the value of an earlier slice."""
         match self.joined:
             case "sum":
                 return replace(self, value=earlier + self.value)
@@ -79,11 +80,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What a part has found since it last said so.
+    """Results of a part since its last slice.
 
     Attributes:
-        figures: of this slice alone.
-        faults: what was wrong, in words.
+        figures: figures of this slice alone.
+        faults: descriptions of what went wrong.
     """
 
     figures: Sequence[Figure]
@@ -95,9 +96,9 @@ class Part:
     """A part of the campaign.
 
     Attributes:
-        name: by which it is called.
-        promise: what it tries to break, in a sentence.
-        run: does some of it; ends when its time is over or all is done.
+        name: name of the part.
+        promise: the promise that the part tries to break, in one sentence.
+        run: runs the part, and yields its results until the time is over or all is done.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""A power cut at any moment: what was written after the last flush is there, in part, or not.
+"""Repeat commands after simulated power cuts, in which unflushed writes may be lost or torn.
 
-Commands run once while a log of what they do to their folder is kept (`disk_log`). From that, the
-folder is made as it may be after a power cut at a moment drawn at random. The same command has then
-to finish with the bytes of a run that was left alone, or to say which file is damaged (exit code 3
-or 7), and to finish when `--overwrite` is added, where its bundle can be read.
+Each command runs once while its changes to the folder are logged (`disk_log`). From the log, the
+folder is written as a power cut at a random moment may leave it. The repeated command has to finish
+with the bytes of an undisturbed run, or to name the damaged file (exit code 3 or 7). In the latter
+case it has to finish when `--overwrite` is added, unless the manifest itself is damaged.
 """
 
 import random
@@ -24,21 +24,21 @@ GOAL = 200
 _CUTS = "power cuts"
 _SAYS = (3, 7)
 
-# Those whose files come in different ways; what evaluates writes a file at the end.
+# Commands that write files in different ways; evaluations write one file at the end.
 _NAMES = ("prune-fast", "shrink", "recover", "quantize", "export-packed", "prune-export")
 _WORKS = tuple(work for work in WORKS if work.name in _NAMES)
 
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A command after a power cut.
+    """One command that was repeated after a power cut.
 
     Attributes:
-        work: its name.
-        call: before which the power went, as a number.
-        damaged: files that lost their last writes.
-        said: it said which file is damaged, and did not finish.
-        fault: what was wrong; empty if nothing was.
+        work: name of the command.
+        call: index of the call before which the power was cut.
+        damaged: number of files that lost their last writes.
+        said: whether the command named a damaged file instead of finishing.
+        fault: what went wrong; empty if nothing did.
     """
 
     work: str
@@ -82,10 +82,10 @@ def run(setting: Setting) -> Iterator[Slice]:
 
 
 def recorded(alone: Undisturbed, folder: Path, out: Path) -> Log:
-    """Run a command while a log is kept.
+    """Run a command while its changes to a folder are logged.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -107,7 +107,7 @@ def restart(alone: Undisturbed, log: Log, call: int, draw: random.Random, out: P
     said = code in _SAYS and str(out) in errors
     if said:
         code, errors = _repeated(alone, out, "--overwrite")
-        if code == _SAYS[0] and str(out) in errors:  # the manifest itself: nothing to go on with
+        if code == _SAYS[0] and str(out) in errors:  # the manifest itself is damaged
             return Restarted(alone.work.name, call, damaged, said, "")
     fault = f"exit code {code}: {errors[-500:]}" if code != 0 else alone.fault_in(out)
     return Restarted(alone.work.name, call, damaged, said, fault)

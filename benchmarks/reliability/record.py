@@ -1,4 +1,4 @@
-"""The results of the campaign: JSON, which a later run goes on with, and the table of the page."""
+"""The results of the campaign: JSON, which a later run continues, and the table of the page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,20 +13,20 @@ from thanos_deploy.machine.environment import Environment
 FORMAT = "thanos-deploy/reliability/1"
 COMMAND = "python -m benchmarks.reliability --table"
 
-# Of many faults of one kind the first say enough.
+# Most faults of a part that are kept; of many similar ones the first suffice.
 MOST_FAULTS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a part has found in all its runs.
+    """Results of a part over all its runs.
 
     Attributes:
-        runs: how often it was called.
-        seconds: that it took.
-        figures: what it found.
-        faults: what was wrong, in words; the first ones.
-        environment: what it last ran on.
+        runs: number of runs.
+        seconds: time of all runs.
+        figures: the figures.
+        faults: descriptions of the first faults.
+        environment: machine and software of the last run.
     """
 
     runs: int = 0
@@ -37,21 +37,21 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """All figures are what they are to be."""
+        """Whether all figures are in their required ranges."""
         return bool(self.figures) and all(figure.holds for figure in self.figures)
 
     @property
     def is_enough(self) -> bool:
-        """As much was done as is to be."""
+        """Whether all figures have reached their lower limits."""
         return bool(self.figures) and all(figure.is_enough for figure in self.figures)
 
     @property
     def values(self) -> dict[str, float]:
-        """The figures by name."""
+        """The values of the figures, by name."""
         return {figure.name: figure.value for figure in self.figures}
 
     def after(self, found: Slice, seconds: float) -> "Result":
-        """Together with what else was found in some more time."""
+        """Return the result with a further slice, which took some seconds."""
         figures = {figure.name: figure for figure in self.figures}
         for new in found.figures:
             before = figures.get(new.name)
@@ -67,14 +67,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Those of all parts, by name."""
+    """Results of all parts, by the name of the part."""
 
     format: str = FORMAT
     parts: Mapping[str, Result] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Those in a file; none if there is no such file.
+        """Read the results from a file; empty if the file does not exist.
 
         Raises:
             InputError: the file holds something else.
@@ -82,16 +82,16 @@ class Results:
         return files.read_record(path, cls) if path.exists() else cls()
 
     def plus(self, name: str, result: Result) -> "Results":
-        """The same with another one."""
+        """Return the results with a new or changed result of a part."""
         return replace(self, parts={**self.parts, name: result})
 
     def write(self, path: Path) -> None:
-        """Write them to a file, as a whole or not at all."""
+        """Write the results to a file atomically."""
         files.replace_json(path, encode(self))
 
 
 def table(results: Results, parts: Sequence[Part]) -> str:
-    """The results in Markdown; what did not run, or not enough, says so."""
+    """Return the results in Markdown, with a verdict for each part."""
     lines = []
     for part in parts:
         lines += [f"### {part.name}", "", part.promise, ""]

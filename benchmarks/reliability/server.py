@@ -1,10 +1,10 @@
-"""Attacks on `thanos-deploy serve` while others use it.
+"""Attack `thanos-deploy serve` while good clients use it.
 
-Two good clients ask for texts, one request after the other, and compare each answer with what
-`runtime.generate` makes of the same prompt. They do so for a while in quiet, and then under each
-attack of `benchmarks.reliability.attacks`, after a round of all attacks in which memory is
-allocated that stays. A good client that is sent away (503) comes back after a moment, as it is
-told to; its clock starts with the request that is answered.
+Two good clients send one request after the other, and compare each answer with the text that
+`runtime.generate` makes from the same prompt. They first do so without an attack, and then under
+each attack of `benchmarks.reliability.attacks`. One round of all attacks comes before that, so that
+lasting allocations are made before memory is measured. A good client that gets a 503 tries again
+after a moment; latency is that of the request that is answered.
 """
 
 import json
@@ -45,25 +45,25 @@ MOST_MEMORY, MOST_SLOWER = 0.05, 3.0
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """A prompt, and the text that has to follow."""
+    """A prompt, and the text that the server has to answer."""
 
     prompt: tuple[int, ...]
     text: str
 
 
 def stand_back() -> None:
-    """Let everybody else go first, on the processors.
+    """Give this process the lowest CPU priority.
 
-    An attacker elsewhere takes no time from a server but what it makes the server spend.
+    An attacker on another machine would take no processor time except what the server spends.
     """
-    os.setsid()  # with a share of its own, where the kernel divides time by sessions first
+    os.setsid()  # the kernel may divide CPU time between sessions first (autogroup)
     with suppress(OSError):
         Path("/proc/self/autogroup").write_text("19")
     os.nice(19)
 
 
 def real() -> Path:
-    """The graph of SmolLM2-135M, in the cache of dense models."""
+    """Export SmolLM2-135M to ONNX in the cache of dense models, and return its folder."""
     dense = Dense(str(gguf_path()))
     export_dense(dense, ExportRequest(graph="ort"), quietly)
     return dense.folder
@@ -71,7 +71,14 @@ def real() -> Path:
 
 @dataclass(slots=True)
 class Seen:
-    """What good clients and attackers saw, from many threads."""
+    """Observations of good clients and attackers, collected from several threads.
+
+    Attributes:
+        seconds: latencies of correct answers.
+        good: number of requests of good clients, by outcome.
+        attacks: number of actions of attackers, by outcome.
+        lock: guards the other attributes.
+    """
 
     seconds: list[float] = field(default_factory=list)
     good: Counter[str] = field(default_factory=Counter)
@@ -80,7 +87,7 @@ class Seen:
 
 
 def goldens(bundle: Path, chance: random.Random) -> list[Golden]:
-    """Prompts at random, and what the runtime makes of them."""
+    """Draw prompts, and generate the text of each with the runtime."""
     engine, tokenizer = open_engine(bundle, threads=1), open_tokenizer(bundle)
     found = []
     for _ in range(PROMPTS):
@@ -95,7 +102,7 @@ def _text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> st
 
 
 def use(target: Target, golden: Sequence[Golden], over: threading.Event, seen: Seen) -> None:
-    """Ask until it is over."""
+    """Send requests as a good client until `over` is set."""
     while not over.is_set():
         one = target.chance.choice(golden)
         started = time.monotonic()
@@ -133,14 +140,14 @@ def during(
     seconds: float,
     attackers: Executor,
 ) -> Seen:
-    """What is seen in so many seconds of an attack, or without one.
+    """Run the good clients for some seconds, with or without an attack.
 
     Args:
-        attack: what the attackers do; None for nothing.
-        targets: of the good clients, and of each attacker.
-        golden: what the good clients ask for.
-        seconds: how long.
-        attackers: processes of their own, which take nothing from the good clients' clocks.
+        attack: what the attackers do; None for no attack.
+        targets: target of the good clients, and one for each attacker.
+        golden: prompts and answers for the good clients.
+        seconds: duration.
+        attackers: pool of separate processes, so that attackers do not delay the good clients.
     """
     seen, over = Seen(), threading.Event()
     good, *others = targets
@@ -157,7 +164,7 @@ def during(
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """See `Part`."""
+    """Run the good clients without an attack and under each attack; see `Part`."""
     chance, key = random.Random(setting.seed), secrets.token_hex(16)
     bundle = setting.bundle()
     golden = goldens(bundle, chance)
@@ -172,7 +179,7 @@ def run(setting: Setting) -> Iterator[Slice]:
         for number in range(3)
     ]
     kinds = (*ATTACKS, *LOADS)
-    # Quiet lasts as long as two attacks, and the first round of all as long as four.
+    # The time without an attack is that of two attacks; the first round takes that of four.
     share = setting.seconds / (len(kinds) + 6)
     with (
         running(command, port=port, log=log) as server,
@@ -202,16 +209,16 @@ def judged(
     log: bytes,
     key: str,
 ) -> list[Figure]:
-    """The figures of a run.
+    """Return the figures of a run.
 
     Args:
-        quiet: what was seen without an attack.
-        seen: what was seen under each.
+        quiet: observations without an attack.
+        seen: observations under each attack.
         memory: bytes of the server before and after.
-        left: slots and places in the queue that are taken in the end.
-        new_series: of metrics, since the first round.
-        log: of the server.
-        key: a good one.
+        left: number of slots and queue places that are still taken at the end.
+        new_series: number of metric series that were added since the first round.
+        log: log of the server.
+        key: the valid API key.
     """
     good: Counter[str] = sum((one.good for one in (quiet, *seen.values())), Counter())
     answers: Counter[str] = sum((one.attacks for one in seen.values()), Counter())
@@ -262,7 +269,7 @@ def _p99(seen: Seen) -> float:
 
 
 def _is_entry(line: bytes) -> bool:
-    """A line of the log; the address is printed to the same file."""
+    """Whether a line is a log entry, or the address that is printed to the same file."""
     if line.startswith(b"ready http"):
         return True
     try:
@@ -285,7 +292,7 @@ def _series(server: Server, key: str) -> int:
 
 
 def _settle(server: Server, key: str) -> float:
-    """What is taken once everybody is gone, and the server had time to notice."""
+    """Return the slots and queue places still taken once the server had time to release them."""
     return sum(settled(lambda: "\n".join(_metrics(server, key))).values())
 
 

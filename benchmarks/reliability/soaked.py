@@ -1,9 +1,9 @@
-"""Everything at once against two replicas, which are ended and started again all the time.
+"""Send mixed traffic to two replicas, which are ended and started again all the time.
 
-The clients of `benchmarks.soak` do what comes to their mind with both replicas. Two more ask for
-texts whose answers are known, and go to the other replica where nobody listens, as a proxy does.
-Every few seconds a replica is told to end (SIGTERM), which it does when all that it has begun is
-answered, and another one is started in its place.
+The clients of `benchmarks.soak` send random requests to both replicas. Two more clients send
+prompts whose answers are known; like a proxy, they go to the other replica if one refuses the
+connection. Every few seconds a replica gets SIGTERM. It answers all requests that it has begun and
+ends, and another one is started in its place.
 """
 
 import http.client
@@ -26,19 +26,19 @@ from benchmarks.soak import BROKEN, MODEL, QUEUE, SLOTS, Tally, Visitor, prompts
 
 MINUTES = 60
 VISITORS = 3  # of each replica
-_STAYS = 15.0  # seconds that a replica is left alone
+_STAYS = 15.0  # seconds until a replica is ended
 
-# How a request with a known answer may end; a wrong answer is counted by itself.
+# Outcomes of a request with a known answer that are not lost; "wrong" has a figure of its own.
 _ANSWERED = ("right", "wrong", "503")
 
 
 @dataclass(slots=True)
 class _Replicas:
-    """Two places where a server is, or comes again.
+    """Two addresses, at each of which one server after the other runs.
 
     Attributes:
-        urls: of both.
-        ends: how the servers ended that were told to: their exit codes.
+        urls: URLs of both.
+        ends: number of servers that were ended, by exit code.
     """
 
     urls: tuple[str, str]
@@ -46,7 +46,7 @@ class _Replicas:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """All at once for all of the time."""
+    """Run clients and replicas for the whole time."""
     bundle, draw = setting.bundle(), random.Random(f"{setting.seed} {setting.so_far('minutes')}")
     golden = goldens(bundle, draw)
     ports = (free_port(), free_port())
@@ -105,14 +105,14 @@ def judged(
     left: float,
     seconds: float,
 ) -> list[Figure]:
-    """The figures of a run.
+    """Return the figures of a run.
 
     Args:
-        good: how requests with known answers ended.
-        others: how all other requests did.
-        ends: exit codes of the replicas.
-        left: what is taken in the end.
-        seconds: that it took.
+        good: number of requests with known answers, by outcome.
+        others: number of all other requests, by outcome.
+        ends: number of ended replicas, by exit code.
+        left: number of slots and queue places that are still taken at the end.
+        seconds: duration of the run.
     """
     wrong = sum(count for how, count in others.items() if how[0] == "5" and how != "503")
     lost = sum(count for how, count in good.items() if how not in _ANSWERED)
@@ -139,7 +139,7 @@ def _keep(
     over: threading.Event,
     replicas: _Replicas,
 ) -> None:
-    """Have a server at a port, another one every few seconds."""
+    """Run a server at a port, and replace it every few seconds."""
     command = serve(bundle, port=port, name=MODEL, slots=SLOTS, queue=QUEUE)
     while not over.is_set():
         with running(
@@ -154,7 +154,7 @@ def _metrics(url: str) -> str:
 
 
 def _wait(url: str) -> None:
-    """Until somebody answers."""
+    """Wait until the server is healthy."""
     while True:
         try:
             if request(url, "GET", "/health")[0] == 200:
@@ -166,7 +166,7 @@ def _wait(url: str) -> None:
 def _use(
     urls: Sequence[str], golden: Sequence[Golden], draw: random.Random, over: threading.Event
 ) -> Counter[str]:
-    """Ask for texts until it is over; how that ended."""
+    """Send requests with known answers until `over` is set, and count their outcomes."""
     seen: Counter[str] = Counter()
     while not over.is_set():
         how = _asked(urls, draw.choice(golden), draw)
@@ -177,7 +177,7 @@ def _use(
 
 
 def _asked(urls: Sequence[str], one: Golden, draw: random.Random) -> str:
-    """How a request ends that goes to whichever replica listens."""
+    """Send a request to any replica that accepts the connection; return its outcome."""
     body = {"model": MODEL, "prompt": list(one.prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
     while True:
         for url in draw.sample(list(urls), len(urls)):

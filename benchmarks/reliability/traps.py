@@ -1,4 +1,4 @@
-"""What a process touches that it is not to touch, as Python's audit hooks tell of it."""
+"""Detect with Python's audit hooks when a process touches files that it must not touch."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-# Events of the file system, and which of their arguments are names.
+# Audit events that change the file system, with the number of leading arguments that are names.
 _CHANGES = {
     "os.chmod": 1,
     "os.chown": 1,
@@ -25,19 +25,19 @@ _CHANGES = {
 _PROGRAMS = ("os.exec", "os.fork", "os.posix_spawn", "os.system", "subprocess.Popen")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-# Nothing is changed there, whoever writes to it.
+# Writing to these files changes nothing.
 _NOWHERE = ("/dev/null",)
 
 
 class Traps:
-    """Stays in force until the process ends, and notes what went wrong."""
+    """An audit hook that records forbidden accesses until the process ends."""
 
     def __init__(self, own: Path, baits: Iterable[Path]) -> None:
-        """Begin to look.
+        """Install the audit hook.
 
         Args:
-            own: the folder that may be changed; temporary files go there, too.
-            baits: what is not even to be read, files or folders.
+            own: folder that may be changed; temporary files go there too.
+            baits: files and folders that must not even be read.
         """
         self._own = os.path.realpath(own)
         self._baits = tuple(os.path.realpath(bait) for bait in baits)
@@ -50,12 +50,12 @@ class Traps:
         sys.addaudithook(self._look)
 
     def taken(self) -> list[str]:
-        """What was touched since the last call."""
+        """Return the forbidden accesses since the last call."""
         seen, self._seen = self._seen, []
         return seen
 
     def switch(self, *, on: bool) -> None:
-        """Whether to look."""
+        """Turn the recording on or off."""
         self._looks = on
 
     def _look(self, event: str, arguments: tuple[object, ...]) -> None:
@@ -65,7 +65,7 @@ class Traps:
             self._opened(arguments)
         elif event in _CHANGES:
             count = _CHANGES[event]
-            # Of a link it matters where it is, not what it leads to.
+            # Making a link changes the place of the link, not its target.
             names = arguments[1:2] if event in ("os.symlink", "os.link") else arguments[:count]
             for name in names:
                 self._changed(event, name)
@@ -89,7 +89,10 @@ class Traps:
                 self._seen.append(f"{event} {path}")
 
     def _where(self, name: str | bytes) -> str:
-        """Relative names are those of open folders, which were looked at when they were opened."""
+        """Return the real path of a name.
+
+        A relative name belongs to an open folder, which was checked when it was opened.
+        """
         text = os.fsdecode(name)
         if not os.path.isabs(text):
             return f"{self._own}/{text}" if ".." not in text else os.path.realpath(text)

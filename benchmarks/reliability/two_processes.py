@@ -1,11 +1,12 @@
-"""Two processes, or two machines, that write to one folder.
+"""Let two processes, or two machines, write to one folder.
 
-Two of the same command are started, the second one at any moment while the first one runs. One has
-to finish with the bytes of a run that was left alone; the other one has to end with exit code 4
-within a second of looking at the folder, or, where it came when the first one had finished, to find
-everything done. Only turns in which one was refused count.
-Network file systems are simulated by what they do to Python's `flock`: it fails, or has no effect;
-the second machine by another identity of it.
+The same command is started twice, the second time at a random moment while the first process runs.
+One process has to finish with the bytes of an undisturbed run. The other one has to end with exit
+code 4 within a second of opening the folder, or to find everything done if the first had finished.
+Only pairs in which one process was refused count.
+
+Network file systems are simulated by their effect on Python's `flock`, which fails or does nothing.
+The second machine is simulated by another machine identity.
 """
 
 import errno
@@ -34,11 +35,11 @@ _WORKS = tuple(work for work in WORKS if work.name in ("prune-fast", "recover"))
 
 
 def same_machine() -> None:
-    """As it is."""
+    """Change nothing: both processes are on this machine, whose locks work."""
 
 
 def no_locks() -> None:
-    """A network file system that refuses locks; both processes are of this machine."""
+    """Simulate a network file system that refuses locks; both processes are on this machine."""
 
     def refuse(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -47,12 +48,12 @@ def no_locks() -> None:
 
 
 def other_machine() -> None:
-    """A network file system that keeps locks to one machine, and another machine."""
+    """Simulate another machine, on a network file system whose locks work within one machine."""
     fcntl.flock = lambda file, operation: None
     lock._machine = lambda: "another machine"
 
 
-# A name, and what each of the two processes does first.
+# A name, and the function that each of the two processes calls first.
 Kind = tuple[str, Callable[[], None], Callable[[], None]]
 KINDS: tuple[Kind, ...] = (
     ("one machine", same_machine, same_machine),
@@ -63,12 +64,14 @@ KINDS: tuple[Kind, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Both:
-    """How two of a command ended.
+    """How a pair of processes ended.
 
     Attributes:
-        seconds: that the one that was refused took from its first look at the folder.
-        refused: one was.
-        fault: what was wrong; empty if nothing was.
+        work: name of the command.
+        kind: name of the simulated file system.
+        seconds: time of the refused process from opening the folder to its end.
+        refused: whether a process was refused.
+        fault: what went wrong; empty if nothing did.
     """
 
     work: str
@@ -79,7 +82,7 @@ class Both:
 
 
 def run(setting: Setting) -> Iterator[Slice]:
-    """Two of one command after the other, for every kind of file system."""
+    """Run pairs of processes, with the kinds of file systems in turns."""
     before, refused = setting.so_far(_TURNS), setting.so_far(_REFUSED)
     draw, end = random.Random(f"{setting.seed} {before}"), time.monotonic() + setting.seconds
     every = list(undisturbed(_WORKS, setting))
@@ -113,7 +116,7 @@ def both(
     kind: Kind,
     draw: random.Random,
 ) -> Both:
-    """Start two, and look at how they end."""
+    """Start a command twice, and check how both processes end."""
     name, first, second = kind
     shutil.rmtree(out, ignore_errors=True)
     alone.copy(out)
@@ -135,7 +138,7 @@ def both(
 
 
 class _Looks:
-    """When processes look at a folder, and when they end: by their open files."""
+    """Watches when processes open the lock file of a folder, and when they end."""
 
     def __init__(self, out: Path, commands: list[Command]) -> None:
         self._lock, self._commands = str(out / lock.LOCK), commands
@@ -145,7 +148,7 @@ class _Looks:
         self._thread.start()
 
     def seconds(self) -> float:
-        """Of the one that was refused, from its look at the folder to its end."""
+        """Return the seconds of the refused process from opening the lock file to its end."""
         self._thread.join()
         return max(
             (

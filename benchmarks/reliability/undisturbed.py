@@ -1,4 +1,4 @@
-"""What a command makes when it is left alone, which the disturbed ones are compared with."""
+"""Undisturbed runs of the commands, with which disturbed runs are compared."""
 
 import shutil
 import time
@@ -15,14 +15,14 @@ from thanos_deploy.errors import DeployError
 
 @dataclass(frozen=True, slots=True)
 class Undisturbed:
-    """A command that is ready to be disturbed.
+    """A command, with the results of its undisturbed runs.
 
     Attributes:
         work: the command.
-        model: its model.
-        prepared: the bundle that it begins with; there is none if it makes one.
-        seconds: that it takes.
-        files: SHA-256 by name, of what it makes the same each time.
+        model: folder of the model.
+        prepared: bundle that the command begins with; missing if the command makes the bundle.
+        seconds: duration of the command.
+        files: maps the name of each file that is the same in every run to its SHA-256.
     """
 
     work: Work
@@ -32,12 +32,12 @@ class Undisturbed:
     files: dict[str, str]
 
     def copy(self, out: Path) -> Path:
-        """Put what the command begins with into a folder."""
+        """Copy the bundle that the command begins with to a folder."""
         _copy(self.prepared, out)
         return out
 
     def fault_of_repeating(self, out: Path) -> str:
-        """Do the command in a folder where it was disturbed; what is wrong then, or nothing."""
+        """Repeat the command in a folder where it was disturbed; return what is wrong, or ""."""
         try:
             self.work.finish(self.model, out)
             Bundle.open(out).verify()
@@ -46,13 +46,13 @@ class Undisturbed:
         return self.fault_in(out)
 
     def fault_in(self, out: Path) -> str:
-        """Which files of a finished command have other bytes, or nothing."""
+        """Return which files of a finished command have wrong bytes, or ""."""
         found = _hashes(out)
         wrong = sorted(name for name, digest in self.files.items() if found.get(name) != digest)
         return f"other bytes in {', '.join(wrong)}" if wrong else ""
 
 
-# Those that this process has run alone, by command and by what wrote the model.
+# Results in this process, by the command and the function that writes the model.
 _known: dict[tuple[Work, Callable[[Path], Path]], Undisturbed] = {}
 
 
@@ -63,8 +63,8 @@ def undisturbed(
 
     Args:
         works: the commands.
-        setting: with the folder to work in.
-        model: writes the model, unless it is there.
+        setting: the setting, with the folder to work in.
+        model: writes the model into a folder, unless it exists.
 
     Raises:
         RuntimeError: a command failed, or two runs do not agree on the weights or the graph.

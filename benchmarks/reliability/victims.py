@@ -1,8 +1,8 @@
-"""The files that are damaged, one function for each kind, and what reads them.
+"""The files that are damaged, one function for each kind, and the code that reads them.
 
-Each function makes well-formed files in a folder. What reads them either refuses the damage with an
-error of this project, or finds what was there before, or, where the file says nothing of what it
-held, another well-formed content.
+Each function makes well-formed files in a folder. Reading a damaged file has to refuse the damage
+with an error of this project, or to return the original content. Where nothing records the original
+content, another well-formed content is allowed too.
 
 Every kind of file has its functions here, so this file is longer than others.
 """
@@ -58,16 +58,18 @@ _TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A file, and what reads it.
+    """A file, and the function that reads it.
 
     Attributes:
-        content: of the file while it is whole.
-        form: what it is.
-        open: is given the damaged content, which is in place where there is a file.
-        path: of the file; None where there is none.
-        always: no damage of it is harmless.
-        names: the texts in it are names of files, none of which may lead out of its folder.
-        refuses: the errors by which damage is detected.
+        content: content of the intact file.
+        form: format of the content.
+        open: reads the damaged content, which it gets as an argument; if there is a file, the
+            content is in the file as well.
+        path: path of the file; None if there is none.
+        always: whether every damage has to be detected.
+        names: whether the texts in the file are file names, none of which may lead out of its
+            folder.
+        refuses: errors by which damage is detected.
     """
 
     content: bytes
@@ -93,7 +95,7 @@ def _form(path: Path) -> Form:
 
 
 def bundle(folder: Path) -> Iterator[Victim]:
-    """Every file of a whole bundle, whose hash is in the manifest: no damage is harmless."""
+    """Yield every file of a complete bundle, whose manifest has all hashes: any damage shows."""
     out = _whole_bundle(folder)
     opened = Bundle.open(out)
 
@@ -106,7 +108,7 @@ def bundle(folder: Path) -> Iterator[Victim]:
 
 
 def forged_bundle(folder: Path) -> Iterator[Victim]:
-    """The same where somebody has written the hashes of the damaged files into the manifest."""
+    """Yield these files again, with the hash of the damaged file forged into the manifest."""
     out = _whole_bundle(folder)
     original = (out / MANIFEST).read_bytes()
 
@@ -133,7 +135,7 @@ def forged_bundle(folder: Path) -> Iterator[Victim]:
 
 
 def _use(out: Path, part: str) -> None:
-    """Everything that is done with that part of a bundle."""
+    """Do everything that commands do with a part of a bundle."""
     opened = Bundle.open(out)
     verify(opened)
     if part == "model":
@@ -148,7 +150,7 @@ def _use(out: Path, part: str) -> None:
 
 
 def manifest(folder: Path) -> Iterator[Victim]:
-    """The manifest: what is opened in spite of the damage is what was there."""
+    """Yield manifests; a bundle that opens in spite of the damage has to be the original one."""
     out = _whole_bundle(folder)
     expected = open_engine(out, threads=1).prefill(_IDS)
 
@@ -173,7 +175,7 @@ def manifest(folder: Path) -> Iterator[Victim]:
 
 
 def engine_record(folder: Path) -> Iterator[Victim]:
-    """What is known of the build of an engine."""
+    """Yield the record and the log of the build of an engine."""
     records = write_bundle(folder / "records")
     add_build(records)
     (path,) = records.rglob(layout.BUILD)
@@ -187,7 +189,7 @@ def engine_record(folder: Path) -> Iterator[Victim]:
 
 
 def safetensors(folder: Path) -> Iterator[Victim]:
-    """The weights of a checkpoint. They have no hash: other numbers are another model."""
+    """Yield the weights of a checkpoint. They have no hash: other values are another model."""
     write_model(folder / "model", "llama")
 
     def check() -> None:
@@ -200,7 +202,7 @@ def safetensors(folder: Path) -> Iterator[Victim]:
 
 
 def index(folder: Path) -> Iterator[Victim]:
-    """The index of a checkpoint in several files; the weights are those that were there."""
+    """Yield the index of a sharded checkpoint; it has to lead to the original weights."""
     write_model(folder / "whole", "llama")
     before = load_file(folder / "whole" / "model.safetensors")
     model = folder / "model"
@@ -220,19 +222,19 @@ def index(folder: Path) -> Iterator[Victim]:
         checkpoint = Checkpoint.open(model)
         linear_shapes(checkpoint)
         found = checkpoint.weights.read(checkpoint.weights.shapes)
-        load_model(model)  # or the weights that are missing are not noticed
+        load_model(model)  # detects missing weights
         assert all(torch.equal(found[name], before[name]) for name in found)
 
     yield Victim(path.read_bytes(), "json", lambda _: check(), path, names=True)
 
 
 def gguf(folder: Path) -> Iterator[Victim]:
-    """A GGUF file, to its weights and tokenizer."""
+    """Yield a GGUF file, which is read up to its weights and tokenizer."""
     yield from _fuzzed("gguf", folder, "bytes")
 
 
 def config(folder: Path) -> Iterator[Victim]:
-    """A configuration, as far as to the plan of pruning the model."""
+    """Yield configurations, which are read up to the plan for pruning the model."""
     model = folder / "model"
     write_model(model, "llama")
     text = folder / "text.txt"
@@ -254,7 +256,7 @@ def config(folder: Path) -> Iterator[Victim]:
 
 
 def tokenizer(folder: Path) -> Iterator[Victim]:
-    """A tokenizer's files, as transformers reads them and as the runtime does."""
+    """Yield the files of a tokenizer, which transformers and the runtime read."""
     out = _exported(folder)
 
     def check() -> None:
@@ -267,7 +269,7 @@ def tokenizer(folder: Path) -> Iterator[Victim]:
 
 
 def chat_template(folder: Path) -> Iterator[Victim]:
-    """A chat template; that it may take long, `runtime.server.rendering` sees to."""
+    """Yield a chat template; `runtime.server.rendering` limits the time of rendering."""
     out = _exported(folder)
     path = out / "model" / "chat_template.jinja"
     path.write_text(_TEMPLATE)
@@ -281,7 +283,7 @@ def chat_template(folder: Path) -> Iterator[Victim]:
 
 
 def onnx(folder: Path) -> Iterator[Victim]:
-    """A graph: whatever it says, its data are its own; what else is damaged, its hash shows."""
+    """Yield the files of a graph: its data must be its own, and hashes reveal all other damage."""
     out = _exported(folder)
     path = out / "onnx" / "model.onnx"
     yield _file(path, "bytes", lambda: require_own_data(path))
@@ -291,7 +293,7 @@ def onnx(folder: Path) -> Iterator[Victim]:
 
 
 def packed(folder: Path) -> Iterator[Victim]:
-    """A packed checkpoint; what is unpacked is the model that was packed."""
+    """Yield the files of a packed checkpoint; unpacking has to return the model that was packed."""
     model, out = folder / "model", folder / "packed"
     out.mkdir(parents=True)
     write_model(model, "llama")
@@ -315,7 +317,7 @@ def packed(folder: Path) -> Iterator[Victim]:
 
 
 def journal(folder: Path) -> Iterator[Victim]:
-    """A journal: what is gone on with is what was written."""
+    """Yield the files of a journal; blocks that are continued from have to be those written."""
     whole, used = folder / "whole", folder / "used"
     owner: Json = {"seed": 0, "options": {"pattern": "2:4"}}
     made = Journal(whole, owner, PrunedBlock)
@@ -329,7 +331,7 @@ def journal(folder: Path) -> Iterator[Victim]:
     made.close()
 
     def check() -> None:
-        names.require_own(used)  # as whoever writes to the bundle does first
+        names.require_own(used)  # as a writer of the bundle does first
         found = Journal(used, owner, PrunedBlock)
         assert list(found.reports) == list(made.reports)[: len(found.reports)]
         for block in range(len(found.reports)):
@@ -356,7 +358,7 @@ def journal(folder: Path) -> Iterator[Victim]:
 
 
 def texts(folder: Path) -> Iterator[Victim]:
-    """Texts to calibrate on. They have no hash: other words are another text."""
+    """Yield calibration texts. They have no hash: other words are another text."""
     rows = [
         {"text": "Some words. " * 5, "n": 1},
         {"messages": list(_MESSAGES)},
@@ -386,12 +388,12 @@ def texts(folder: Path) -> Iterator[Victim]:
 
 
 def requests(folder: Path) -> Iterator[Victim]:
-    """Binary tensors of a request."""
+    """Yield request bodies with binary tensors."""
     yield from _fuzzed("binary-tensors", folder, "bytes")
 
 
 def _fuzzed(name: str, folder: Path, form: Form) -> Iterator[Victim]:
-    """What is fuzzed, too."""
+    """Yield the well-formed inputs of a parser that is fuzzed as well."""
     folder.mkdir(parents=True, exist_ok=True)
     parser = PARSERS[name]
     check, seeds = parser.open(folder)
@@ -400,7 +402,7 @@ def _fuzzed(name: str, folder: Path, form: Form) -> Iterator[Victim]:
 
 
 def _whole_bundle(folder: Path) -> Path:
-    """A bundle that a `prune-export` made, with a packed checkpoint beside; once for all kinds."""
+    """Copy a bundle that `prune-export` made with the target packed; it is made only once."""
     made, model = folder.parents[1] / "whole", folder.parents[1] / "dense"
     if not made.exists():
         text = ("--nsamples", "4", "--seqlen", "32", "--eval-segments", "2", "--eval-seqlen", "32")
@@ -412,7 +414,7 @@ def _whole_bundle(folder: Path) -> Path:
 
 
 def _exported(folder: Path) -> Path:
-    """A bundle with a graph and nothing else."""
+    """Make a bundle with a model and its graph only."""
     folder.mkdir(parents=True, exist_ok=True)
     return make(folder)
 

@@ -1,4 +1,4 @@
-"""The commands that are disturbed, on a small model of random weights."""
+"""The commands under test, on a small model with random weights."""
 
 import os
 import shutil
@@ -20,13 +20,14 @@ _PRUNE = ("prune", "{model}", "--pattern", "2:4", "--method", "magnitude", *_TEX
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One command, and those that have to be done before.
+    """One command, and the commands that have to run before it.
 
     Attributes:
-        name: of it.
-        arguments: of `thanos-deploy`, with {model} for the model and {out} for the bundle.
-        before: likewise.
-        first: what its process does first.
+        name: name of the command.
+        arguments: arguments of `thanos-deploy`, with {model} for the model and {out} for the
+            bundle.
+        before: arguments of the commands that have to run before, in the same form.
+        first: function that the process calls first.
     """
 
     name: str
@@ -35,25 +36,25 @@ class Work:
     first: Callable[[], object] | None = None
 
     def prepare(self, model: Path, out: Path) -> None:
-        """Do what has to be done before."""
+        """Run the commands that have to run before."""
         for arguments in self.before:
             run(arguments, model, out)
 
     def begin(
         self, model: Path, out: Path, *more: str, before: Callable[[], object] | None = None
     ) -> Command:
-        """Start it; with more arguments, and something else that its process does first."""
+        """Start the command, with further arguments; `before` replaces `first`."""
         arguments = filled((*self.arguments, *more), model, out)
         return Command(*arguments, before=before or self.first)
 
     def finish(self, model: Path, out: Path) -> None:
-        """Do it, or go on with it."""
+        """Run the command to its end, or continue an earlier run."""
         run(self.arguments, model, out, self.first)
 
 
 def know_tokenizer() -> None:
-    """Let llama.cpp's converter take the model's tokenizer for one that it knows by its hash."""
-    from conversion.base import TextModel  # which takes long, for one command
+    """Make llama.cpp's converter accept the model's tokenizer, whose hash it does not know."""
+    from conversion.base import TextModel  # slow, and only one command needs it
 
     TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
 
@@ -79,7 +80,7 @@ WORKS = (
     _to_zeros("shrink", "--pattern", "structured:0.25", *_TUNE),
     _to_zeros("recover", "--pattern", "2:4", "--preset", "fast", "--recover", "16"),
     _to_zeros("quantize", "--pattern", "2:4", "--preset", "fast", "--quantize", "int8"),
-    # The targets that need neither a GPU nor another program.
+    # Targets that need neither a GPU nor another program.
     *map(_export, ("onnx", "genai", "packed", "triton", "vllm")),
     replace(_export("gguf", "--dtype", "fp16"), first=know_tokenizer),
     Work(
@@ -101,9 +102,9 @@ WORKS = (
 
 
 def settle(folder: Path) -> None:
-    """Have commands keep in a folder what they share: the cache, and traces of graphs.
+    """Let all commands share a cache and traced graphs in a folder.
 
-    A trace takes longer than all else that a command does to a small model.
+    A trace takes longer than everything else that a command does to a small model.
     """
     os.environ["THANOS_DEPLOY_CACHE"] = str(folder / "cache")
     traces = folder / "traces"
@@ -112,7 +113,7 @@ def settle(folder: Path) -> None:
 
 
 def filled(arguments: Sequence[str], model: Path, out: Path) -> list[str]:
-    """Arguments with the two folders in their places."""
+    """Return the arguments with the folders of model and bundle filled in."""
     return [one.format(model=model, out=out) for one in arguments]
 
 
@@ -122,10 +123,10 @@ def run(
     out: Path,
     first: Callable[[], object] | None = None,
 ) -> None:
-    """Do a command that has to work, after something that its process does first.
+    """Run a command that has to succeed; `first` is called first in its process.
 
     Raises:
-        RuntimeError: it ended with another exit code than 0.
+        RuntimeError: the exit code is not 0.
     """
     command = Command(*filled(arguments, model, out), before=first)
     _, errors = command.communicate()
@@ -135,7 +136,7 @@ def run(
 
 
 def small_model(folder: Path) -> Path:
-    """A LLaMA of four blocks."""
+    """Write a LLaMA of four blocks, unless it exists."""
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         write_model(folder, "llama", num_hidden_layers=BLOCKS)
