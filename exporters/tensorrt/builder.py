@@ -8,14 +8,15 @@ later, 11.x) and `tensorrt_rtx` have the same Python interface, except for the a
 looked up with `hasattr` or `getattr` here.
 
 Progress goes to standard output, one JSON array [done, total] on each line. If the build fails, the
-last line is a `Failure`.
+last line is a `Failure`. Whatever else is printed, by native code too, goes to standard error.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from exporters.packages import load
 from thanos_deploy.bundle.codec import encode
@@ -96,16 +97,18 @@ class _BuildError(Exception):
 def main(order_path: str) -> int:
     """Build the engine that an order describes, and return the exit code."""
     order = read_record(Path(order_path), Order)
-    try:
-        result = _build(order)
-    except _BuildError as error:
-        print(json.dumps(encode(Failure(error.kind, str(error)))), flush=True)
-        return 1
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8") as told:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        try:
+            result = _build(order, told)
+        except _BuildError as error:
+            print(json.dumps(encode(Failure(error.kind, str(error)))), file=told)
+            return 1
     write_record(Path(RESULT), result)
     return 0
 
 
-def _build(order: Order) -> Result:
+def _build(order: Order, told: TextIO) -> Result:
     try:
         trt: Any = load(order.module)
     except (ImportError, OSError) as error:
@@ -116,7 +119,9 @@ def _build(order: Order) -> Result:
             builder = trt.Builder(logger)
         except TypeError as error:  # pybind11 raises this if the library returns a null pointer
             raise _BuildError(
-                "machine", "TensorRT makes no builder: there is no NVIDIA driver or no GPU"
+                "machine",
+                "TensorRT could not create a builder, most likely because there is no NVIDIA "
+                "driver or GPU",
             ) from error
         network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, logger)
@@ -131,7 +136,7 @@ def _build(order: Order) -> Result:
             )
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.progress_monitor = _monitor(trt)
+        config.progress_monitor = _monitor(trt, told)
         if order.sparse:
             config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
         _set_compatibility(trt, config, order.compatibility)
@@ -178,7 +183,7 @@ def _logger(trt: Any, log: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any) -> Any:
+def _monitor(trt: Any, told: TextIO) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the module has no types
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -190,7 +195,7 @@ def _monitor(trt: Any) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase in self._steps:
-                print(json.dumps([step + 1, self._steps[phase]]), flush=True)
+                print(json.dumps([step + 1, self._steps[phase]]), file=told)
             return True
 
         def phase_finish(self, phase: str) -> None:

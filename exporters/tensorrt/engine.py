@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import onnx_ir as ir
@@ -227,21 +228,26 @@ def _carry_out(
     files.write_record(folder / _ORDER, order)
     on_progress(0, 1)
     last = ""
-    with subprocess.Popen(
-        # -P: do not import a folder `exporters` that happens to lie in the working directory.
-        [sys.executable, "-P", "-m", "exporters.tensorrt.builder", _ORDER],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
+    with (
+        # A file, because nobody reads a second pipe while the first one is read.
+        TemporaryFile("w+", encoding="utf-8", errors="replace") as printed,
+        subprocess.Popen(
+            # -P: do not import a folder `exporters` that happens to lie in the working directory.
+            [sys.executable, "-P", "-m", "exporters.tensorrt.builder", _ORDER],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            text=True,
+        ) as child,
+    ):
         try:
             for last in _lines(child):
                 if last.startswith("["):
                     done, total = loads(last)
                     on_progress(done, total)
-            assert child.stderr is not None
-            complaint = child.stderr.read()
+            child.wait()
+            printed.seek(0)
+            complaint = printed.read()
         except BaseException:
             child.kill()
             raise
@@ -269,7 +275,7 @@ def _error(graph: str, package: str, code: int, last: str, complaint: str) -> De
             case "memory":
                 return ResourceError(message, fix=_SMALLER)
             case "usage":
-                return UsageError(message, fix="choose among those, or another --target")
+                return UsageError(message, fix="choose a supported value, or another --target")
             case _:
                 return InputError(
                     f"{graph}: {message}",

@@ -106,26 +106,23 @@ def sparsity_lines(log: Iterable[str]) -> SparsityLines:
 
 def timings(log: Iterable[str]) -> dict[str, Timing]:
     """Parse the times of kernels: the fastest dense and sparse kernel of every node with any."""
-    best: dict[tuple[str, bool], float] = {}
+    best: dict[tuple[str, bool], float] = {}  # by node, and whether the kernel is sparse
     kernels: dict[str, str] = {}
-    layer = ""
+    nodes: frozenset[str] = frozenset()
     for line in log:
         if match := _RUNNER.search(line):
-            layer = match["layer"]
+            nodes = nodes_of(match["layer"])
             kernels.clear()
         elif match := _NAMED_LATER.search(line):
             if match["id"]:
                 kernels[match["id"]] = match["kernel"]
-        elif layer and (match := _TIMED.search(line)):
+        elif nodes and (match := _TIMED.search(line)):
             kernel = match["kernel"] or kernels.get(match["id"], "")
-            key = (layer, bool(_SPARSE_KERNEL.search(kernel)))
             seconds = float(match["milliseconds"]) / 1e3
-            best[key] = min(seconds, best.get(key, seconds))
-    return {
-        node: Timing(best.get((name, False)), best.get((name, True)))
-        for name, _ in best
-        for node in nodes_of(name)
-    }
+            for node in nodes:
+                key = (node, bool(_SPARSE_KERNEL.search(kernel)))
+                best[key] = min(seconds, best.get(key, seconds))
+    return {node: Timing(best.get((node, False)), best.get((node, True))) for node, _ in best}
 
 
 def listed_layers(log: Iterable[str]) -> list[EngineLayer]:

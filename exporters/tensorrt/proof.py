@@ -94,6 +94,12 @@ def prove(
     for layer in sorted(layers, key=lambda layer: not layer.sparse):
         for node in layer.nodes:
             hosts.setdefault(node, layer)
+    # Several weights can be one layer of the engine, and the log counts those.
+    candidates = {
+        hosts[entry.name].name if entry.name in hosts else entry.name
+        for entry in weights
+        if entry.holds and not _unfit(entry)
+    }
     proofs = []
     for entry in weights:
         host = hosts.get(entry.name)
@@ -102,6 +108,7 @@ def prove(
             lines,
             timings.get(entry.name),
             host,
+            candidates=len(candidates),
             sparse_allowed=sparse_allowed,
             kernels_known=kernels_known,
         )
@@ -124,6 +131,7 @@ def _judge(
     timing: Timing | None,
     host: EngineLayer | None,
     *,
+    candidates: int,
     sparse_allowed: bool,
     kernels_known: bool,
 ) -> tuple[Choice, str]:
@@ -137,21 +145,33 @@ def _judge(
         return "picked", f"kernel {host.kernel}"
     if entry.name in lines.chosen:
         return "picked", "named in the builder's log"
-    if entry.dtype == "float32":
-        return "not eligible", "fp32: sparse kernels are for fp16, bf16, int8 and fp8"
-    if entry.inputs % INPUT_MULTIPLE or entry.outputs % OUTPUT_MULTIPLE:
-        return "not eligible", (
-            f"{entry.outputs} x {entry.inputs}: sparse kernels want multiples of "
-            f"{OUTPUT_MULTIPLE} x {INPUT_MULTIPLE}"
-        )
+    if unfit := _unfit(entry):
+        return "not eligible", unfit
     if not sparse_allowed:
         return "not reported", "the engine was built without allowing sparse weights"
     if not kernels_known:
         return "not reported", "kernels are chosen when the engine is loaded on its GPU"
-    everyone = lines.eligible_count and not lines.eligible  # the log counts layers without names
-    if entry.name in lines.eligible or everyone:
+    only_counted = 0 if lines.eligible else lines.eligible_count or 0
+    if entry.name in lines.eligible or only_counted >= candidates:
         return "eligible", _slower(entry, timing)
+    if only_counted:
+        return "not reported", (
+            f"TensorRT's log counts {only_counted} eligible layers without names, and {candidates} "
+            "hold the pattern"
+        )
     return "not reported", "TensorRT's log does not mention it, neither as eligible nor as sparse"
+
+
+def _unfit(entry: Weight) -> str:
+    """Why no sparse kernel takes a weight, whatever its values are; empty if one can."""
+    if entry.dtype == "float32":
+        return "fp32: sparse kernels are for fp16, bf16, int8 and fp8"
+    if entry.inputs % INPUT_MULTIPLE or entry.outputs % OUTPUT_MULTIPLE:
+        return (
+            f"{entry.outputs} x {entry.inputs}: sparse kernels want multiples of "
+            f"{OUTPUT_MULTIPLE} x {INPUT_MULTIPLE}"
+        )
+    return ""
 
 
 def _slower(entry: Weight, timing: Timing | None) -> str:

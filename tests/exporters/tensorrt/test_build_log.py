@@ -104,6 +104,8 @@ def test_the_fastest_dense_and_sparse_kernel_of_each_layer() -> None:
         "[V] --------------- Timing Runner: down [profile 1] (CaskConvolution)",
         "[V] down (CaskConvolution) Set Tactic Name: sm80_spgemm_h Tactic: 77",
         "[V] Tactic: 77 time 0.5",
+        "[V] --------------- Timing Runner: down (CaskConvolution)",
+        "[V] Tactic Name: sm80_spgemm_h Tactic: 0x1ba7 Time: 0.75",
         "[V] --------------- Timing Runner: norm (Reduce)",
         "[V] Tactic: 1 time 0.25",
         "[V] Fastest Tactic: 0x1 Time: 0.25",

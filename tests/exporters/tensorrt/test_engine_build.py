@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 import exporters.onnx.graph
 from exporters.targets import tensorrt, tensorrt_rtx
-from exporters.tensorrt import engine
+from exporters.tensorrt import builder, engine
 from tests.conftest import Exported
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.bundle.engine_record import Summary
@@ -148,6 +149,31 @@ def test_engines_of_any_version_need_the_lean_runtime(half_graph: Graphs, tmp_pa
 )
 def test_a_builder_that_dies_says_of_what(last: str, code: int, error: type[Exception]) -> None:
     assert type(engine._error("g", "tensorrt", code, last, "Segmentation fault")) is error
+
+
+def test_what_the_library_prints_is_neither_progress_nor_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "import os\n"
+        "os.write(1, b'[TRT] not JSON\\n')\n"
+        "os.write(2, b'noise\\n' * 100_000)\n"  # more than a pipe holds
+        "raise ImportError('no library here')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    order = builder.Order(
+        module="noisy",
+        graph="model.onnx",
+        engine="model.engine",
+        log="build.log",
+        timing_cache="timing.cache",
+        sparse=True,
+        compatibility="none",
+        architectures=(),
+        profiles=(),
+    )
+    with pytest.raises(PlatformError, match="no library here"):
+        engine._carry_out(order, tensorrt.LIBRARY, tmp_path, lambda *_: None)
 
 
 def test_a_graph_that_the_library_does_not_take_is_refused_with_its_reason(

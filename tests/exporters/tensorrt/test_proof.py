@@ -93,10 +93,31 @@ def test_eligible_says_how_much_faster_the_dense_kernel_was() -> None:
     assert small == f"{kept}, as is usual below 256 inputs or outputs"
 
 
-def test_a_log_that_only_counts_makes_eligible_whoever_holds_the_pattern() -> None:
-    lines = SparsityLines(frozenset(), frozenset(), 39, 0)
-    assert verdict(two_four(8, 16), lines).verdict == "eligible"
-    assert verdict(np.ones((8, 16), np.float16), lines).verdict == "not eligible"
+@pytest.mark.parametrize(
+    ("count", "layers", "expected"),
+    [
+        (2, (), "eligible"),
+        (1, (), "not reported"),
+        # One layer of the engine multiplies both weights.
+        (1, (EngineLayer("q+k", "gemm", "", False, frozenset({"q", "k"})),), "eligible"),
+        (0, (), "not reported"),
+    ],
+)
+def test_a_log_that_only_counts_says_something_only_if_it_counts_every_layer_with_the_pattern(
+    count: int, layers: tuple[EngineLayer, ...], expected: str
+) -> None:
+    weights = {"q": two_four(8, 16), "k": two_four(8, 16), "up": np.ones((8, 16), np.float16)}
+    q, k, up = _proof.prove(
+        [_proof.weight(name, values) for name, values in weights.items()],
+        SparsityLines(frozenset(), frozenset(), count, 0),
+        {},
+        layers,
+        sparse_allowed=True,
+        kernels_known=True,
+    )
+    assert (q.verdict, k.verdict, up.verdict) == (expected, expected, "not eligible")
+    if count and expected == "not reported":
+        assert q.reason.endswith("counts 1 eligible layers without names, and 2 hold the pattern")
 
 
 def test_silence_is_not_taken_for_an_answer() -> None:
