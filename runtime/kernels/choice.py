@@ -30,7 +30,7 @@ from runtime.kernels.packed import require_dtype
 from thanos_deploy import __version__
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import decode_format, encode, loads
-from thanos_deploy.errors import DeployError
+from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.machine import environment
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.progress import OnProgress, silent
@@ -63,6 +63,11 @@ _WARMUP = 3
 
 # Exceptions for unsupported sizes: libraries raise RuntimeError, our kernels DeployError.
 _REFUSALS = (DeployError, RuntimeError, ImportError)
+
+
+class _WrongProductError(RuntimeError):
+    """Raised if a kernel's product differs from the one in float64."""
+
 
 Maker = Callable[[Tensor, str], Multiply]
 # Takes calls that multiply with different copies of one weight; returns the seconds of one call.
@@ -178,7 +183,10 @@ def fastest(timed: Sequence[Timed]) -> tuple[str, ...]:
     """Choose the kernel for each bucket, by the rule in the module's docstring.
 
     Args:
-        timed: times of all candidates; at least one kernel has a time in every bucket.
+        timed: times of all candidates.
+
+    Raises:
+        PlatformError: no candidate has a time in some bucket; the message says why.
     """
     seconds = {one.kernel: [inf if t is None else t for t in one.seconds] for one in timed}
     selections = {
@@ -193,9 +201,18 @@ def fastest(timed: Sequence[Timed]) -> tuple[str, ...]:
         (names for names, mean in selections.items() if mean <= (1 + WORTH) * least),
         key=lambda names: (bits(names), selections[names]),
     )
-    return tuple(
+    chosen = tuple(
         min(names, key=lambda name: seconds[name][index]) for index in range(len(timed[0].seconds))
     )
+    for index, (tokens, kernel) in enumerate(zip(TOKENS, chosen, strict=True)):
+        if seconds[kernel][index] == inf:
+            reasons = "; ".join(f"{one.kernel}: {one.reason}" for one in timed if one.reason)
+            raise PlatformError(
+                f"no kernel for 2:4 weights multiplies {tokens} tokens here ({reasons})",
+                fix="run the checkpoint with dense products, or report this with the GPU and the "
+                "versions of PyTorch and Triton",
+            )
+    return chosen
 
 
 def bits(kernels: Iterable[str]) -> int:
@@ -253,6 +270,8 @@ def _time(kernel: str, make: Maker, weight: Tensor, dtype: str, clock: Clock) ->
                 raise
             seconds.append(None)
             reasons.append(f"{tokens} tokens: {_reason(refusal)}")
+            if isinstance(refusal, _WrongProductError):
+                logger.warning("%s is not used for %s", kernel, reasons[-1])
     return Timed(kernel, tuple(seconds), reasons[0] if reasons else None)
 
 
@@ -266,7 +285,7 @@ def _seconds(
     for multiply in copies:  # the first call compiles, tunes and searches
         error = float((multiply(x, None).double() - expected).norm() / expected.norm())
         if not error <= timing.limit(dtype):  # NaN is not
-            raise RuntimeError(f"the product is wrong by {error:.1e} of its norm")
+            raise _WrongProductError(f"the product is wrong by {error:.1e} of its norm")
     return clock([partial(multiply, x, None) for multiply in copies])
 
 

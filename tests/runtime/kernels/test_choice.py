@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from runtime.kernels import choice, linears
 from runtime.kernels.choice import DENSE, TOKENS, Origin, Row, Shape, Timed
 from runtime.kernels.linears import Multiply
-from thanos_deploy.errors import InputError
+from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.machine import environment
 
 HERE = Origin(card="H", torch="2", triton=None, tool="1")
@@ -110,7 +110,9 @@ def test_a_second_copy_that_gains_next_to_nothing_is_not_held() -> None:
     assert choice.fastest(timed) == ("a",) * 6
 
 
-def test_a_kernel_that_refuses_or_errs_is_not_chosen_and_says_why() -> None:
+def test_a_kernel_that_refuses_or_errs_is_not_chosen_and_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def refuse(weight: Tensor, name: str) -> Multiply:
         raise InputError(f"{name}: no", fix="")
 
@@ -139,6 +141,15 @@ def test_a_kernel_that_refuses_or_errs_is_not_chosen_and_says_why() -> None:
     assert bad.seconds == (None,) * 6
     assert bad.reason is not None
     assert "the product is wrong by" in bad.reason
+    (warned, *_) = (one.getMessage() for one in caplog.records)
+    assert warned.startswith("wrong is not used for 1 tokens: _WrongProductError: the product is")
+
+
+def test_where_no_kernel_has_a_time_that_is_an_error_and_not_a_choice() -> None:
+    few = Timed("few", (1.0, 1.0, None, None, None, None), "16 tokens: InputError: too many")
+    with pytest.raises(PlatformError, match=r"16 tokens here \(few: 16 tokens: .* too many\)"):
+        choice.fastest([few])
+    assert choice.fastest([few, Timed(DENSE, (2.0,) * 6)])[2:] == (DENSE,) * 4
 
 
 def test_a_dense_product_that_fails_is_an_error() -> None:
