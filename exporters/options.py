@@ -40,7 +40,7 @@ _LOGITS = (
     "needs.  [default: those of the existing graph, or all; engines: last]"
 )
 _GRAPH = (
-    "ort: uses ONNX Runtime's own attention operator, which updates the kv cache in "
+    "ort: uses ONNX Runtime's own attention operator, which updates the KV cache in "
     "place; for the CPU, in fp32, int8 and int4. If the operator does not fit the model, "
     "the graph is neutral, and the reason is printed. neutral: uses only operators that "
     "every runtime has; for GPUs.  [default: that of the existing graph, or ort]"

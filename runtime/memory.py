@@ -190,7 +190,7 @@ class CudaMemory:
         if code:
             name = self._cudart.cudaGetErrorName(code).decode()
             raise PlatformError(
-                f"CUDA: {name} while the kv cache was copied",
+                f"CUDA: {name} while the KV cache was copied",
                 fix="free memory on the GPU, or serve with fewer --slots"
                 if "Memory" in name
                 else "check the driver with nvidia-smi, and report this error if the driver works",

@@ -120,7 +120,7 @@ def test_the_table_has_every_model_and_says_what_was_not_measured(
     assert code == 0
     for part in (
         *("prefill-3x8, ms", "decode-2x8, ms", "generate-1x8+3", "tokens per second", "request"),
-        *("dense", "pruned", "file, MB", "steady, MB", "kv cache, kB/token", "ceiling: memory"),
+        *("dense", "pruned", "file, MB", "steady, MB", "KV cache, kB/token", "ceiling: memory"),
         *("not measured (no GPU)", "VALID", "offered"),
     ):
         assert part in printed, part

@@ -178,10 +178,13 @@ def summary(error: Exception) -> str:
 
 
 def _is_unreadable(path: str | bytes | None) -> bool:
-    """Return whether a path exists but may not be read, or its folder may not be entered."""
+    """Return whether a path exists but may not be read, or a folder on the way not be entered."""
     if not path:
         return False
     if os.path.exists(path):
         return not os.access(path, os.R_OK)
-    folder = os.path.dirname(path)
-    return bool(folder) and os.path.isdir(folder) and not os.access(folder, os.X_OK)
+    # What is in a folder that may not be entered looks as if it did not exist.
+    folder = os.path.dirname(os.path.abspath(os.fsdecode(path)))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return not os.access(folder, os.X_OK)

@@ -219,6 +219,6 @@ def require(path: Path, cases: Sequence[ParityCase], limit: float) -> None:
                 f"{path}: {case.name} (batch {case.batch}, past {case.past}, sequence "
                 f"{case.sequence}): {case.first_differing} is the first output that differs from "
                 f"PyTorch's by more than {limit:g} of its range (logits by "
-                f"{case.logits_error:.2g}, the kv cache by up to {case.cache_error:.2g})",
+                f"{case.logits_error:.2g}, the KV cache by up to {case.cache_error:.2g})",
                 fix="report the model and the versions of torch and onnxruntime",
             )

@@ -33,7 +33,7 @@ def _show(graph: GraphResult) -> Table:
         kind += f" ({graph.neutral_because})"
     return Table(
         f"{kind}: ONNX Runtime against PyTorch, limit {graph.parity_limit:g}",
-        ("case", "batch", "past", "sequence", "logits", "kv cache"),
+        ("case", "batch", "past", "sequence", "logits", "KV cache"),
         tuple(
             (
                 case.name,

@@ -247,7 +247,7 @@ def open_model(
         is_bfloat16 = checkpoint.config.dtype == torch.bfloat16
         cast(model, torch.bfloat16 if is_bfloat16 else torch.float16)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    with memory.needed(f"{folder}: the model", size):
+    with memory.needed(f"loading {folder}, which takes at least {size} bytes"):
         model.to(torch.device(provider))
     return engine_of(model, checkpoint.linears, variant=variant, room=room, keep=keep)
 
@@ -282,7 +282,7 @@ def engine_of(
     _require_device(torch, provider, variant)
     if room is not None and room.tokens > most_tokens:
         raise UsageError(
-            f"a kv cache for {room.tokens} tokens: the model takes at most {most_tokens} tokens",
+            f"a KV cache for {room.tokens} tokens: the model takes at most {most_tokens} tokens",
             fix="ask for at most that many tokens",
         )
     _exchange(model, tuple(linears), variant, keep)

@@ -78,7 +78,7 @@ class _Batching(Collector):
         yield CounterMetricFamily("thanos_prompt_tokens", "Tokens of prompts", state.prompt_tokens)
         yield CounterMetricFamily(
             "thanos_reused_prompt_tokens",
-            "Tokens of prompts whose kv cache was reused from earlier prompts",
+            "Tokens of prompts whose KV cache was reused from earlier prompts",
             state.reused_tokens,
         )
         yield CounterMetricFamily("thanos_tokens", "Tokens generated", state.tokens)

@@ -49,7 +49,9 @@ def attend(
     """
     batch, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
-    if tokens > 1 or groups == 1:
+    # What this function does not do is left to transformers, which does it or refuses it.
+    others = any(options.get(name) is not None for name in ("softcap", "position_bias"))
+    if tokens > 1 or groups == 1 or others:
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )

@@ -68,11 +68,6 @@ class StaticSteps:
         """The present capacity of the cache."""
         return self._open_places.room
 
-    @property
-    def bytes(self) -> int:
-        """Bytes that the cache and the inputs and logits of the steps take on the device."""
-        return needed_bytes(self._shapes, self.room, vocabulary=self._vocabulary)
-
     def prefill(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Tensor:
         """Forget all sequences, and read a batch of prompts.
 
@@ -99,7 +94,7 @@ class StaticSteps:
         if mask is None and self._repeats(batch, tokens):
             self._replay(("prefill", batch, tokens), step)
         else:  # with padding, transformers reads values of the mask on the host
-            with self._memory(f"a prompt of {batch} x {tokens} tokens", self.room):
+            with self._memory(f"reading {batch} prompts of {tokens} tokens", self.room):
                 step()
         return places.logits[:batch]
 
@@ -119,6 +114,8 @@ class StaticSteps:
         batch = self._batch
         self._grow(Room(batch, self.length + 1))
         places = self._open_places
+        # Nothing waits for this copy: whoever calls must read the logits on the host before the
+        # next step writes other ids.
         places.staged[:batch] = torch.tensor(ids)
         places.staged[-1] = self.length
         places.inputs.copy_(places.staged, non_blocking=True)
@@ -164,7 +161,8 @@ class StaticSteps:
         if key not in places.recorded:
             kind, batch, tokens = key
             recording = self._recording(places.pool)
-            with self._memory(f"recording a {kind} of {batch} x {tokens} tokens", self.room):
+            what = f"recording a {kind} step for {batch} sequences of {tokens} tokens"
+            with self._memory(what, self.room):
                 recording.capture(step)
             places.recorded[key] = recording
         places.recorded[key].replay()
@@ -198,12 +196,13 @@ class StaticSteps:
             self._places = larger
 
     def _allocate(self, room: Room) -> Places:
-        with self._memory(f"a kv cache for {room.batch} x {room.tokens} tokens", room):
+        what = f"allocating a KV cache for {room.batch} sequences of {room.tokens} tokens"
+        with self._memory(what, room):
             return Places(self._shapes, room, vocabulary=self._vocabulary, device=self._device)
 
     def _memory(self, what: str, room: Room) -> AbstractContextManager[None]:
         size = needed_bytes(self._shapes, room, vocabulary=self._vocabulary)
-        return memory.needed(what, size)
+        return memory.needed(f"{what}, with {size} bytes for the KV cache and the logits")
 
 
 def _is_recordable(model: Any) -> bool:

@@ -153,6 +153,12 @@ def test_what_cannot_be_converted_is_refused(
     assert not (tmp_path / "vllm").exists()
 
 
+def test_a_bundle_has_no_revision(tiny_llama: Path, invoke: Invoke) -> None:
+    code, _, said = invoke("export", tiny_llama, "--target", "vllm", "--revision", "v1")
+    assert code == 2
+    assert "--revision without --to" in said
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [("llama", "has to be a multiple of 8"), ("qwen2", "whatever head_dim says")],
@@ -181,6 +187,9 @@ def test_layers_that_are_not_those_of_config_json_are_refused(
     export(checkpoint, tmp_path / "vllm")
     with pytest.raises(ModelError, match=r"13 packed layers .* only one of the two has .*q_proj"):
         quantization.require_intact(tmp_path / "vllm", checkpoint.linears[1:])
+    shorter = [name.removeprefix("model.") for name in checkpoint.linears]
+    with pytest.raises(ModelError, match=r"only one of the two has layers\.0\.self_attn\.q_proj"):
+        quantization.require_intact(tmp_path / "vllm", [*shorter[:1], *checkpoint.linears[1:]])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The kv cache of a device is moved like a numpy array, on the host and through the CUDA runtime.
+"""The KV cache of a device is moved like a numpy array, on the host and through the CUDA runtime.
 
 There the CUDA runtime is stood in for by what its reference says of the two functions, on memory
 of the host: so the arguments are right, and that copies wait for nothing else is not shown.

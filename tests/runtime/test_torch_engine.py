@@ -335,13 +335,13 @@ def test_a_model_that_the_gpu_does_not_hold_is_a_resource_error_that_names_its_b
 
     monkeypatch.setattr(PreTrainedModel, "to", full)
     size = 2 * sum(parameter.numel() for parameter in load_model(tiny_llama).parameters())
-    with pytest.raises(ResourceError, match=f"the model takes at least {size} bytes") as caught:
+    with pytest.raises(ResourceError, match=f"takes at least {size} bytes") as caught:
         torch_engine.open_model(tiny_llama, provider="cuda")
-    assert "1000 of 2000 are free" in caught.value.message
+    assert "1000 of 2000 bytes are free" in caught.value.message
 
 
 def test_a_room_that_is_longer_than_the_model_reads_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(UsageError, match="a kv cache for 129 tokens: the model takes at most 128"):
+    with pytest.raises(UsageError, match="a KV cache for 129 tokens: the model takes at most 128"):
         torch_engine.open_model(tiny_llama, room=Room(1, 129))
 
 

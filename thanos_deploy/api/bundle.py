@@ -4,7 +4,7 @@ This file is longer than others because more than half of it is documentation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, Unpack
@@ -223,7 +223,7 @@ class Bundle:
     def bench(
         self,
         *,
-        against: Sequence[str | PathLike[str]] = (),
+        against: "Sequence[str | PathLike[str] | Bundle]" = (),
         dense: ModelLike | None = None,
         aa: bool = False,
         allow_different_models: bool = False,
@@ -253,8 +253,8 @@ class Bundle:
         """Time the exported model beside others, each in a process of its own; the command `bench`.
 
         Args:
-            against: models to compare with: folders of bundles, or "dense" for the dense model. The
-                first is the baseline. Empty for the dense model alone.
+            against: models to compare with: bundles or their folders, or "dense" for the dense
+                model. The first is the baseline. Empty for the dense model alone.
             dense: the dense model; needed only if the cache has no export of it yet.
             aa: measure the bundle against itself (an A/A test); all ratios should be 1.
             allow_different_models: compare bundles even if their base models or tokenizers differ.
@@ -293,7 +293,9 @@ class Bundle:
 
         done = bench(
             self._path,
-            against=[str(other) for other in against],
+            against=[
+                str(other.path) if isinstance(other, Bundle) else fspath(other) for other in against
+            ],
             dense=dense,
             aa=aa,
             different_models=allow_different_models,

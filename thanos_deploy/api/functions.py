@@ -218,6 +218,7 @@ def export(
     target: str,
     *,
     to: str | PathLike[str],
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> "ExportResult":
     """Export an already sparse model that is not in a bundle; the command `export` with `--to`.
@@ -228,6 +229,7 @@ def export(
         model: see `prune`; also a compressed-tensors checkpoint in the format sparse-24-bitmask.
         target: "vllm", the only target that can be made without a bundle.
         to: the folder to write, which must not exist yet.
+        revision: branch, tag or commit of a hub model.
         progress: see `Progress`.
 
     Returns:
@@ -242,7 +244,11 @@ def export(
     from thanos_deploy.stages.export import convert
 
     result: ExportResult = convert(
-        _requests.model(model), Path(to), target=target, announce=_requests.announce(progress)
+        _requests.model(model),
+        Path(to),
+        target=target,
+        revision=revision,
+        announce=_requests.announce(progress),
     )
     return result
 
@@ -405,7 +411,7 @@ def plan(
     known = (
         published_measurements(product, dtype)
         if measured is None
-        else read_measurements(Path(measured), product, dtype)
+        else read_measurements(Path(measured).expanduser(), product, dtype)
     )
     found = _requests.model(model)
     sizes = outline(found, revision=revision, announce=_requests.announce(progress))

@@ -56,8 +56,10 @@ class Part:
 
     @property
     def title(self) -> str:
-        """The name for the manifest, without the folder of a file."""
-        return Path(self.name).name
+        """The name for the manifest, without the folder that a file or a data set lies in."""
+        if self.data_set is None or Path(self.data_set.name).is_absolute():
+            return Path(self.name).name
+        return self.name
 
 
 # Well-known data sets by their short names: the part for calibration, and that for evaluation.
@@ -99,7 +101,7 @@ def _part(spelling: str, held_out: bool) -> Part:
         weight, spelling = float(match[1]), match[2].strip()
     if not spelling or weight <= 0:
         raise UsageError(
-            f"the calibration text names {spelling!r} with the weight {weight:g}",
+            f"a part of the text has the name {spelling!r} and the weight {weight:g}",
             fix="give each text a name, and a weight above 0 if any, as in 3*a.jsonl + wikitext",
         )
     if Path(spelling).expanduser().exists():

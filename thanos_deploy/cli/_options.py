@@ -120,7 +120,7 @@ benchmark_options = several(
         "--past",
         type=CountsType(),
         multiple=True,
-        help="Tokens in the kv cache before the timed decode steps, such as 128,1024.  "
+        help="Tokens in the KV cache before the timed decode steps, such as 128,1024.  "
         "[default: those of --prompt if given, else 128; bench: 128,512]",
     ),
     click.option(

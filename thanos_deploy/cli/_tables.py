@@ -135,7 +135,7 @@ def _add_memory(table: Table, run: Run, figure: str) -> None:
     sizes = {label: getattr(subject, name) for label, subject in run.subjects.items()}
     if None in sizes.values():  # there is no GPU, or the system does not report it
         return
-    title = "kv cache, kB/token" if per_token else f"{figure}, MB"
+    title = "KV cache, kB/token" if per_token else f"{figure}, MB"
     for number, (label, size) in enumerate(sizes.items()):
         table.add_row(
             title * (number == 0),

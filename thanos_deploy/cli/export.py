@@ -13,6 +13,7 @@ from thanos_deploy.cli._options import (
     common_options,
     emit,
     given,
+    revision_option,
     session,
     told,
 )
@@ -40,8 +41,11 @@ With --to, OUT is a model without a bundle that is already sparse. Targets that 
     metavar="FOLDER",
     help="Treat OUT as a model without a bundle, and write the export to this new folder.",
 )
+@revision_option
 @common_options
-def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
+def command(
+    model: Path, target: str, to: Path | None, revision: str | None, **options: Any
+) -> None:
     """Export the pruned model of the bundle OUT; see `_HELP`."""
     asked = given(options)
     with session(options) as announce:
@@ -51,11 +55,18 @@ def command(model: Path, target: str, to: Path | None, **options: Any) -> None:
             if asked.pop("overwrite") or asked:
                 raise td.UsageError(
                     "--to with options that apply only to the export of a bundle",
-                    fix="give no other options than --target and --to",
+                    fix="give no other options than --target, --to and --revision",
                 )
-            written = td.export(os.fspath(model), target, to=to, progress=told(announce))
+            written = td.export(
+                os.fspath(model), target, to=to, revision=revision, progress=told(announce)
+            )
             emit(options, encode(written), show_values)
             return
+        if revision is not None:
+            raise td.UsageError(
+                "--revision without --to: the model of a bundle is not read from the hub",
+                fix="leave --revision out",
+            )
         exported = td.Bundle(model).export(target, **asked, progress=told(announce))
     show = targets.get(target).show
     if show is None:

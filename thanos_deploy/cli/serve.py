@@ -64,14 +64,14 @@ _engine = several(
         type=click.IntRange(min=1),
         default=8,
         show_default=True,
-        help="Number of requests that are answered at the same time; each has its own kv cache.",
+        help="Number of requests that are answered at the same time; each has its own KV cache.",
     ),
     click.option(
         "--provider",
         type=click.Choice(["cpu", "cuda"]),
         default="cpu",
         show_default=True,
-        help="Execution provider of ONNX Runtime; the kv caches are on its device. If it is "
+        help="Execution provider of ONNX Runtime; the KV caches are on its device. If it is "
         "not available, the command fails.",
     ),
     click.option(
@@ -94,7 +94,7 @@ _engine = several(
         default=256,
         show_default=True,
         metavar="MIB",
-        help="Memory for the kv caches of prompt prefixes, such as a system prompt; a later "
+        help="Memory for the KV caches of prompt prefixes, such as a system prompt; a later "
         "prompt that begins with the same prefix does not compute it again. 0 keeps none.",
     ),
     click.option(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thanos_deploy.bundle.codec import LATER
 from thanos_deploy.bundle.files import sha256
+from thanos_deploy.calibration import mixture
 from thanos_deploy.calibration.texts import BUILTIN
 from thanos_deploy.errors import UsageError
 from thanos_deploy.measure.latency import Decode, Generate, OpenLoop, Prefill, Scenario
@@ -36,11 +37,11 @@ class EvalRequest:
 
     @property
     def recorded(self) -> "EvalRequest":
-        """The options for the manifest: the name of the text instead of its path.
+        """The options for the manifest: files are named without their folders.
 
         The device is recorded only if it is a GPU.
         """
-        return replace(self, text=Path(self.text).name, device=_recorded(self.device))
+        return replace(self, text=mixture.title(self.text), device=_recorded(self.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,15 +109,24 @@ def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
         for sample in samples:
             waiting.put(sample.id)
 
+    failures: list[Exception] = []
+
     def serve() -> None:
         while (number := waiting.get()) is not None:
-            tokens = answer()
-            next(tokens)
-            lg.FirstTokenComplete([lg.QuerySampleResponse(number, 0, 0, 1)])
-            count = 1 + sum(1 for _ in tokens)
+            count = 1
+            try:
+                if not failures:
+                    tokens = answer()
+                    next(tokens)
+                    lg.FirstTokenComplete([lg.QuerySampleResponse(number, 0, 0, 1)])
+                    count += sum(1 for _ in tokens)
+            except Exception as error:  # raised again when LoadGen has ended
+                failures.append(error)
+            # After a failure too, because LoadGen waits for every request.
             lg.QuerySamplesComplete([lg.QuerySampleResponse(number, 0, 0, count)])
 
     server = threading.Thread(target=serve)
+    server.start()
     system = lg.ConstructSUT(issue, lambda: None)
     library = lg.ConstructQSL(1, 1, lambda _: None, lambda _: None)
     try:
@@ -126,9 +135,10 @@ def loadgen(answer: Answer, *, requests: int, per_second: float, seed: int) -> l
             logs.enable_trace = True
             logs.log_output.outdir = folder
             logs.log_output.copy_summary_to_stdout = False
-            server.start()
             # Without this name LoadGen would read an audit.config of the user, if there is one.
             lg.StartTestWithLogSettings(system, library, settings, logs, f"{folder}/audit.config")
+            if failures:
+                raise failures[0]
             return read_trace(Path(folder) / "mlperf_log_trace.json")
     finally:
         waiting.put(None)

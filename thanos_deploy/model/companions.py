@@ -21,9 +21,13 @@ COMPANIONS = (
     *("LICENSE*.txt", "NOTICE*.txt"),
 )
 
+# Further names of licences, notices and policies of use. They go along with a model, but do not
+# tell one model from another.
+LICENCES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md", "USE_POLICY.md", "USAGE_POLICY")
+
 
 def companions(folder: Path) -> list[Path]:
-    """Return the files of a model besides its weights; hidden files are left out.
+    """Return the files of a model besides its weights and `LICENCES`, without hidden files.
 
     Raises:
         ModelError: a name is not a plain file name; see `bundle.names`.
@@ -40,7 +44,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Copy the files of `companions`, and adapt them to new weights.
+    """Copy the files of `companions` and the licences, and adapt them to new weights.
 
     The copied config.json states the new dtype. The new weights are floats, so entries about
     quantised storage are removed. Rules of the tokenizer that its files leave to the library are
@@ -54,7 +58,8 @@ def copy_companions(original: Path, destination: Path, dtype: torch.dtype | None
     Raises:
         ModelError: config.json is missing or not readable.
     """
-    for path in companions(original):
+    licences = [path for name in LICENCES if (path := original / name).is_file()]
+    for path in companions(original) + licences:
         copy = destination / path.relative_to(original)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

@@ -53,7 +53,8 @@ class Dimensions:
         return cls(
             hidden=hidden,
             heads=heads,
-            kv_heads=config[family.heads.kv_count] if family.heads.kv_count else heads,
+            # The first LLaMA models have no such entry, because every query head has its own.
+            kv_heads=config.get(family.heads.kv_count) or heads,
             head=config.get("head_dim") or hidden // heads,
             channels=config.get(channels.count) or (channels.multiple or 0) * hidden,
             windows=tuple(kind == "sliding_attention" for kind in config.get("layer_types") or ()),

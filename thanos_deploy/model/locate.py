@@ -10,7 +10,7 @@ from thanos_deploy.bundle.record import Source
 from thanos_deploy.errors import ModelError, PlatformError
 from thanos_deploy.model import packed_folder
 from thanos_deploy.model import widths as block_widths
-from thanos_deploy.model.companions import COMPANIONS, companions
+from thanos_deploy.model.companions import COMPANIONS, LICENCES, companions
 from thanos_deploy.model.mxfp4 import is_mxfp4
 from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.model.text_part import wrapper_of
@@ -134,7 +134,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     Raises:
         ModelError, PlatformError: see `locate`.
     """
-    folder = _download(repository, revision, [INDEX, *COMPANIONS])
+    folder = _download(repository, revision, [INDEX, *COMPANIONS, *LICENCES])
     if packed_folder.is_packed(folder):
         needed = ["*.safetensors"]
     else:

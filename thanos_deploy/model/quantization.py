@@ -4,7 +4,7 @@ This project's plugin adds the quantisation method `METHOD` to vLLM. Layers that
 name are dense.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from thanos_deploy.bundle.files import Json
@@ -49,16 +49,21 @@ def require_intact(folder: Path, layers: Iterable[str]) -> None:
         IntegrityError: a file is not the one that was written.
         ModelError: weights of other layers are packed, or `packed.json` is missing or not readable.
     """
-    weights = sorted(packed_folder.patterns_of(folder))
-    named = sorted(layers)
+    weights = set(packed_folder.patterns_of(folder))
     # Names in files may lack the prefix of the base model.
-    if len(weights) != len(named) or not all(
-        f".{layer}.weight".endswith(f".{weight}")
-        for layer, weight in zip(named, weights, strict=True)
-    ):
-        other = sorted({f"{layer}.weight" for layer in named} ^ set(weights))
+    named = {layer: _stored_name(layer, weights) for layer in sorted(layers)}
+    alone = [layer for layer, weight in named.items() if weight is None]
+    if alone or len(named) != len(weights):
+        alone += sorted(weights.difference(named.values()))
         raise ModelError(
             f"{folder}: config.json names {len(named)} packed layers and "
-            f"{packed_folder.RECORD} {len(weights)}; only one of the two has {other[0]}",
+            f"{packed_folder.RECORD} {len(weights)}; only one of the two has {alone[0]}",
             fix="export the model again with `thanos-deploy export OUT --target vllm`",
         )
+
+
+def _stored_name(layer: str, weights: Collection[str]) -> str | None:
+    """Return the name of a layer's weight in the files; None if they have no such weight."""
+    parts = f"{layer}.weight".split(".")
+    names = (".".join(parts[start:]) for start in range(len(parts) - 1))
+    return next((name for name in names if name in weights), None)

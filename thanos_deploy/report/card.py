@@ -93,7 +93,7 @@ def _graph(model: ModelReport) -> str:
         return ""
     parity = model.export.parity
     return f"""
-`onnx/model.onnx` is one graph for prefill and decode with the kv cache as inputs and outputs;
+`onnx/model.onnx` is one graph for prefill and decode with the KV cache as inputs and outputs;
 its results differ from PyTorch's by at most {parity.worst:.1e} of their range
 ({parity.cases} cases, limit {parity.limit:g}).
 """

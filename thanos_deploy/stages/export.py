@@ -60,6 +60,7 @@ def convert(
     destination: Path,
     *,
     target: str,
+    revision: str | None = None,
     announce: Announce = quietly,
 ) -> Any:
     """Write a target's folder from an already sparse model that is not in a bundle.
@@ -68,6 +69,7 @@ def convert(
         model: a model that was located already, or what `locate.locate` takes.
         destination: the folder to write, which must not exist yet.
         target: name of a target with a function `convert`.
+        revision: branch, tag or commit of a hub model.
         announce: told of each task.
 
     Returns:
@@ -86,7 +88,7 @@ def convert(
         )
     if destination.exists():
         raise UsageError(f"--to {destination}: the folder exists already", fix="name a new folder")
-    checkpoint = Dense(model).checkpoint(announce)
+    checkpoint = Dense(model, revision=revision).checkpoint(announce)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=destination.parent, prefix=files.PARTIAL) as scratch:
         partial = Path(scratch) / destination.name

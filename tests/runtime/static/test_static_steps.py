@@ -225,10 +225,11 @@ def test_a_gpu_that_is_full_when_opened_is_a_resource_error_that_names_the_bytes
     size = 3 * 100 * 2 * 2 * 2 * 8 * 4
     assert cache_bytes(block_shapes(tiny_model), Room(3, 100)) == size
     full_gpu(10_000)
-    with pytest.raises(ResourceError, match=r"a kv cache for 3 x 100 tokens takes at least") as one:
+    with pytest.raises(ResourceError, match=r"cache for 3 sequences of 100 tokens, with") as one:
         StaticSteps(tiny_model, Room(3, 100))
     needed = size + 3 * (VOCABULARY * 4 + 100 * 9)
-    assert f"at least {needed} bytes of GPU memory; 1000 of 2000 are free" in one.value.message
+    assert f"with {needed} bytes for the KV cache and the logits" in one.value.message
+    assert "1000 of 2000 bytes are free" in one.value.message
     assert "CUDA out of memory. Tried to allocate" in one.value.message
     assert one.value.exit_code == 5
 
@@ -243,13 +244,13 @@ def test_a_gpu_that_is_full_when_a_room_grows_keeps_the_sequences_or_takes_small
         each.prefill(ids)
         each.decode(np.array([4]))
     full_gpu(2 * 12 * 8 * 4)
-    with pytest.raises(ResourceError, match=r"a kv cache for 1 x 16 tokens"):
+    with pytest.raises(ResourceError, match=r"a KV cache for 1 sequences of 16 tokens"):
         engine.decode(np.array([3]))
     full_gpu(10_000)
     np.testing.assert_allclose(
         engine.decode(np.array([3])), expected.decode(np.array([3])), rtol=0, atol=1e-5
     )
-    with pytest.raises(ResourceError, match=r"a kv cache for 9 x 100 tokens"):
+    with pytest.raises(ResourceError, match=r"a KV cache for 9 sequences of 100 tokens"):
         engine.prefill(np.zeros((9, 99), dtype=np.int64))
     np.testing.assert_allclose(engine.prefill(ids), expected.prefill(ids), rtol=0, atol=1e-5)
 

@@ -49,6 +49,24 @@ def test_a_driver_takes_the_times_of_a_queue(driver: str, per_second: float) -> 
         free = request.finished
 
 
+@pytest.mark.parametrize("driver", ["poisson", "loadgen"])
+@pytest.mark.parametrize("tokens_before", [0, 1])
+def test_an_engine_that_fails_ends_a_driver_with_its_error(driver: str, tokens_before: int) -> None:
+    if driver == "loadgen":
+        pytest.importorskip("mlperf_loadgen", reason="MLPerf LoadGen is not installed")
+    answered = 0
+
+    def failing() -> Iterator[int]:
+        nonlocal answered
+        answered += 1
+        yield from range(tokens_before if answered > 1 else 2)
+        if answered > 1:
+            raise ValueError("the second answer failed")
+
+    with pytest.raises(ValueError, match="the second answer failed"):
+        traffic.DRIVERS[driver](failing, requests=4, per_second=500.0, seed=2)
+
+
 def test_loadgen_reports_the_times_that_its_own_summary_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

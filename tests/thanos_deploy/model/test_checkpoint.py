@@ -26,7 +26,7 @@ from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.convert import convert_gguf, convert_packed
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.model.locate import locate
+from thanos_deploy.model.locate import hash_folder, locate
 from thanos_deploy.model.parts import part_bytes
 from thanos_deploy.model.tensorfile import INDEX
 from thanos_deploy.model.weights import Weights
@@ -515,6 +515,8 @@ def test_only_what_belongs_to_the_new_model_goes_along(model: Path, tmp_path: Pa
         "tokenizer.model",
         "chat_template.jinja",
         "LICENSE.txt",
+        "LICENSE",
+        "USE_POLICY.md",
     ):
         (model / name).write_text("x")
         own.add(name)
@@ -522,6 +524,9 @@ def test_only_what_belongs_to_the_new_model_goes_along(model: Path, tmp_path: Pa
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
     (model / "model.safetensors.index.json").write_text("x")
+    before = hash_folder(model)
+    (model / "LICENSE").write_text("y")
+    assert hash_folder(model) == before
     copy_companions(model, tmp_path, None)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == own
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

@@ -79,6 +79,21 @@ def test_the_pruning_command_asks_for_what_was_asked_for(
     assert again.to_json() == recorded
 
 
+@pytest.mark.parametrize(
+    ("text", "recorded"),
+    [
+        ("/folder/held out.txt", "held out.txt"),
+        ("builtin", "builtin"),
+        ("hub:a/x:test", "hub:a/x:test"),
+        ("3*/folder/a.jsonl + c4", "3*a.jsonl + 1*c4"),
+    ],
+)
+def test_a_text_is_recorded_by_its_name_and_its_share(text: str, recorded: str) -> None:
+    once = EvalRequest(text).recorded
+    assert once.text == recorded
+    assert once.recorded == once
+
+
 def test_the_other_commands_ask_for_what_was_asked_for(tmp_path: Path) -> None:
     evaluation = encode(EvalRequest("held out.txt", segments=5, seqlen=77).recorded)
     export = encode(ExportRequest("fp16", 64))
