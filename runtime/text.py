@@ -146,8 +146,9 @@ def open_tokenizer(bundle: Path, *, verify: bool = True) -> Tokenizer:
     if verify:
         opened.verify_file(TOKENIZER)
         verify_texts(opened)
+    stop = stop_ids(bundle / MODEL)
     try:
-        return Tokenizer(tokenizer_files.load(bundle / MODEL), stop_ids(bundle / MODEL))
+        return Tokenizer(tokenizer_files.load(bundle / MODEL), stop)
     except ImportError as error:
         raise PlatformError(
             "the package tokenizers is not installed", fix="pip install tokenizers"

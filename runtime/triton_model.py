@@ -45,9 +45,11 @@ class TritonPythonModel:
         self._batcher = Batcher(engine, queue=int(parameters["queue"]))
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer requests: each streamed by a thread of its own, or one by one as whole texts."""
+        """Answer requests: each streamed by a thread of its own, or all together as whole texts."""
         if not self._decoupled:
-            return [self._whole(request) for request in requests]
+            # All of them are begun before the first one is waited for, so that they share steps.
+            begun = [self._try_to_begin(request) for request in requests]
+            return [_whole(answer) for answer in begun]
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -77,12 +79,11 @@ class TritonPythonModel:
         stop = [_text(string) for string in values.get("stop", ())]
         return _Answer(self._batcher, self._tokenizer, wanted, stop, given_up)
 
-    def _whole(self, request: Any) -> Any:
+    def _try_to_begin(self, request: Any) -> "_Answer | Exception":
         try:
-            answer = self._begin(request, request.is_cancelled)
-            return _response("".join(answer.pieces()), answer.finish_reason())
+            return self._begin(request, request.is_cancelled)
         except Exception as error:
-            return pb_utils.InferenceResponse(error=_error(error))
+            return error
 
 
 class _Answer:
@@ -131,6 +132,16 @@ class _Answer:
                 self._ticket.cancel()
             yield news.id
         self._end = news
+
+
+def _whole(answer: "_Answer | Exception") -> Any:
+    """Wait for an answer; or return the error for which it could not be begun."""
+    if isinstance(answer, Exception):
+        return pb_utils.InferenceResponse(error=_error(answer))
+    try:
+        return _response("".join(answer.pieces()), answer.finish_reason())
+    except Exception as error:
+        return pb_utils.InferenceResponse(error=_error(error))
 
 
 def _stream(answer: _Answer, sender: Any) -> None:

@@ -134,11 +134,13 @@ class _Device:
         self.call(self._cudart.cudaStreamSynchronize(self.stream))
 
     def close(self) -> None:
-        """Free the buffers and the stream."""
+        """Free the buffers and the stream; a second call does nothing."""
         for address, _ in self._buffers.values():
             self._cudart.cudaFree(address)
         self._buffers.clear()
-        self._cudart.cudaStreamDestroy(self.stream)
+        if self.stream is not None:
+            self._cudart.cudaStreamDestroy(self.stream)
+            self.stream = None
 
 
 class TensorRTEngine:

@@ -49,6 +49,7 @@ class Answers:
         prompts: Sequence[Sequence[int]],
         requests: Sequence[Request | None],
         *,
+        arrived: float,
         echoed: Sequence[Sequence[Token]] = (),
         prompt_tokens: int,
         stop: Sequence[str],
@@ -61,6 +62,7 @@ class Answers:
             tokenizer: decodes their tokens.
             prompts: the ids of each answer's prompt.
             requests: the request for each answer; None for an answer without tokens.
+            arrived: time at which the HTTP request came, on the clock `time.monotonic`.
             echoed: the tokens of each answer's prompt, if the answer is to begin with the prompt.
             prompt_tokens: number of tokens of all prompts, each counted once.
             stop: texts that end an answer.
@@ -73,7 +75,7 @@ class Answers:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self._metrics = metrics
-        self._started = time.monotonic()
+        self._arrived = arrived
         self._news: asyncio.Queue[tuple[int, Token | End]] = asyncio.Queue()
         self._tickets: dict[int, Ticket] = {}
         self._last: list[float | None] = [None] * len(requests)
@@ -138,7 +140,7 @@ class Answers:
             if piece.finish:
                 unfinished.discard(index)
                 self._tickets[index].cancel()
-                self._metrics.answered(time.monotonic() - self._started)
+                self._metrics.answered(time.monotonic() - self._arrived)
             if piece.text or piece.finish:
                 yield piece
 
@@ -165,7 +167,7 @@ class Answers:
         self.completion_tokens += 1
         now, last = time.monotonic(), self._last[index]
         if last is None:
-            self._metrics.first_token.observe(now - self._started)
+            self._metrics.first_token.observe(now - self._arrived)
         else:
             self._metrics.between_tokens.observe(now - last)
         self._last[index] = now

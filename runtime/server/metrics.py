@@ -19,7 +19,7 @@ class Metrics:
     Attributes:
         registry: the registry that is exposed; not the library's global one.
         requests: number of requests, by route and status.
-        first_token: seconds from handing a request to the batcher to the first token of an answer.
+        first_token: seconds from the arrival of a request to the first token of an answer.
         between_tokens: seconds from each token of an answer to the next.
     """
 
@@ -52,7 +52,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def answered(self, seconds: float) -> None:
-        """Record a finished answer, and the seconds that it took in the batcher."""
+        """Record a finished answer, and the seconds since its request arrived."""
         self._answers.observe(seconds)
         self._answered += 1
         self._seconds += seconds

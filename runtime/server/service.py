@@ -285,6 +285,7 @@ class Service:
             self.tokenizer,
             [prompt for prompt in prompts for _ in range(asked.copies)],
             requests,
+            arrived=arrived,
             echoed=[tokens for tokens in echoed for _ in range(asked.copies)],
             prompt_tokens=sum(map(len, prompts)),
             stop=asked.stop,
@@ -310,12 +311,7 @@ class Service:
         self.require_ids(asked.stop_ids, "stop_token_ids")
         for prompt in prompts:
             if not prompt:
-                raise RefusedError(
-                    400,
-                    f"prompt: at least one id, and ids from 0 to {self.engine.vocabulary - 1}",
-                    code="invalid",
-                    param="prompt",
-                )
+                raise RefusedError(400, "the prompt is empty", code="invalid", param="prompt")
             self.require_ids(prompt, "prompt")
         tokens = sum(self._new_tokens(len(prompt), asked) for prompt in prompts) * asked.copies
         if asked.echo:
@@ -336,12 +332,13 @@ class Service:
         Raises:
             RefusedError: an id is outside of the vocabulary.
         """
-        if not all(0 <= token < self.engine.vocabulary for token in ids):
+        vocabulary = self.engine.vocabulary
+        outside = next((token for token in ids if not 0 <= token < vocabulary), None)
+        if outside is not None:
             raise RefusedError(
                 400,
-                f"{field}: at least one id, and ids from 0 to {self.engine.vocabulary - 1}"
-                if field == "prompt"
-                else f"{field}: ids from 0 to {self.engine.vocabulary - 1}",
+                f"{field}: the token id {outside} is outside of the vocabulary, whose ids are 0 to "
+                f"{vocabulary - 1}",
                 code="invalid",
                 param=field,
             )

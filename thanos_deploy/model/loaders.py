@@ -49,12 +49,12 @@ class Dimensions:
         """
         family = family_of(config["model_type"])
         hidden, heads = config[family.hidden], config[family.heads.count]
-        channels = family.channels
+        channels, kv_count = family.channels, family.heads.kv_count
         return cls(
             hidden=hidden,
             heads=heads,
             # The first LLaMA models have no such entry, because every query head has its own.
-            kv_heads=config.get(family.heads.kv_count) or heads,
+            kv_heads=(config.get(kv_count) if kv_count else None) or heads,
             head=config.get("head_dim") or hidden // heads,
             channels=config.get(channels.count) or (channels.multiple or 0) * hidden,
             windows=tuple(kind == "sliding_attention" for kind in config.get("layer_types") or ()),

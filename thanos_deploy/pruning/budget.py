@@ -13,6 +13,7 @@ from math import isnan
 from typing import Literal
 
 from thanos_deploy.errors import UsageError
+from thanos_deploy.model.layer_names import place_of
 from thanos_deploy.option import Options, option
 
 # Tokens of each sequence in the KV cache of a decode step.
@@ -233,7 +234,7 @@ def bought(choices: Choices) -> Iterator[Bought]:
     """Summarise the decisions in one row for each kind of group and decision."""
 
     def kind(group: Choice) -> tuple[str, bool]:
-        return joined([_place(name)[1] for name in group.layers]), group.dense
+        return joined([place_of(name)[1] for name in group.layers]), group.dense
 
     order = list(dict.fromkeys(name for name, _ in map(kind, choices.groups)))
     alike = sorted(choices.groups, key=lambda group: (order.index(kind(group)[0]), group.dense))
@@ -243,7 +244,7 @@ def bought(choices: Choices) -> Iterator[Bought]:
         yield Bought(
             layers,
             dense,
-            ranges([_place(one.layers[0])[0] for one in groups]),
+            ranges([place_of(one.layers[0])[0] for one in groups]),
             _saving(saves, choices),
             "not measured" if isnan(costs) else f"{costs:.4f}",
         )
@@ -272,10 +273,3 @@ def _saving(saves: float, choices: Choices) -> str:
     if choices.unit == "weights":
         return f"{saves / 1e6:.2f} M weights ({saves / choices.whole:.1%})"
     return f"{saves * 1e3:.3f} ms ({saves / choices.whole:.1%})" if saves > 0.0 else "nothing"
-
-
-def _place(name: str) -> tuple[int, str]:
-    """The number of a layer's block, and the layer's name relative to the block."""
-    parts = name.split(".")
-    place = next(index for index, part in enumerate(parts) if part.isdigit())
-    return int(parts[place]), ".".join(parts[place + 1 :])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Literal
 
 from exporters import targets
@@ -22,9 +23,10 @@ from thanos_deploy.measure.quality import (
 from thanos_deploy.measure.run import DENSE, Run
 from thanos_deploy.model import loaders
 from thanos_deploy.model.block import BlockPlan
+from thanos_deploy.model.layer_names import any_expert, place_of
 from thanos_deploy.model.loaders import LoaderVerdict
 from thanos_deploy.pattern import parse
-from thanos_deploy.pruning.result import PRUNE, PrunedBlock
+from thanos_deploy.pruning.result import PRUNE, PrunedBlock, PrunedLayer
 from thanos_deploy.report import commands, pareto, words
 from thanos_deploy.report.model import (
     FORMAT,
@@ -232,31 +234,30 @@ def _tasks(sources: Sources, stage: TaskStage, runtime: str) -> Iterator[TaskSco
 def _layer_map(blocks: Sequence[PrunedBlock | CutBlock]) -> LayerMap:
     """Return the error and the removed fraction of every layer, block by block."""
     rows = [_row(block) for block in blocks]
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    cells = [[row.get(name, (None, None)) for name in columns] for row in rows]
     return LayerMap(
-        columns=tuple(name for name, _, _ in rows[0]),
-        error=tuple(tuple(error for _, error, _ in row) for row in rows),
-        gone=tuple(tuple(gone for _, _, gone in row) for row in rows),
+        columns=columns,
+        error=tuple(tuple(error for error, _ in row) for row in cells),
+        gone=tuple(tuple(gone for _, gone in row) for row in cells),
     )
 
 
-def _row(block: PrunedBlock | CutBlock) -> list[tuple[str, float, float]]:
-    """Return name, error and removed fraction of every layer, or of the heads and the channels."""
-    if isinstance(block, PrunedBlock):
-        return [
-            (_short(layer.name), layer.relative_error, layer.sparsity) for layer in block.layers
-        ]
-    before, after = block.before, block.after
-    return [
-        ("heads", block.heads_error, 1.0 - after.heads / before.heads),
-        ("channels", block.channels_error, 1.0 - after.channels / before.channels),
-    ]
-
-
-def _short(name: str) -> str:
-    """Return the part of a layer's name after the last number, that of its block or expert."""
-    parts = name.split(".")
-    number = max(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[number + 1 :])
+def _row(block: PrunedBlock | CutBlock) -> dict[str, tuple[float, float]]:
+    """Return error and removed fraction of every layer by name, or of the heads and channels."""
+    if isinstance(block, CutBlock):
+        before, after = block.before, block.after
+        return {
+            "heads": (block.heads_error, 1.0 - after.heads / before.heads),
+            "channels": (block.channels_error, 1.0 - after.channels / before.channels),
+        }
+    alike: dict[str, list[PrunedLayer]] = {}
+    for layer in block.layers:
+        alike.setdefault(any_expert(place_of(layer.name)[1]), []).append(layer)
+    return {
+        name: (fmean(one.relative_error for one in its), fmean(one.sparsity for one in its))
+        for name, its in alike.items()
+    }
 
 
 def _widths(sources: Sources) -> CutWidths | None:

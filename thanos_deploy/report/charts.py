@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from thanos_deploy.measure.run import DENSE, PRUNED, Run
+from thanos_deploy.model.families import EXPERT
 from thanos_deploy.pruning.result import PartBytes
 from thanos_deploy.report.figures import metric_title
 from thanos_deploy.report.labels import Anchor, Box, NoRoomError, place
@@ -153,13 +154,15 @@ def layer_maps(layers: LayerMap) -> Markup:
     columns, rows = layers.columns, len(layers.error)
     figure = Figure(figsize=(_WIDTH, 0.125 * rows + 1.7), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    worst = max(max(row) for row in layers.error)
+    worst = max(cell for row in layers.error for cell in row if cell is not None)
     for axes, values, most, title in (
         (left, layers.error, worst, f"Relative error of the output (strongest: {worst:.2%})"),
         (right, layers.gone, 1.0, "Share that was removed (strongest: 100 %)"),
     ):
         for row, cells in enumerate(values):
             for column, value in enumerate(cells):
+                if value is None:
+                    continue
                 shade = 0.05 + 0.95 * value / most if most else 0.05
                 axes.add_patch(
                     Rectangle((column, row), 0.94, 0.9, facecolor=to_rgba(_ACCENT, shade))
@@ -167,7 +170,7 @@ def layer_maps(layers: LayerMap) -> Markup:
         axes.set(xlim=(0, len(columns)), ylim=(rows, 0), title=title)
         axes.set_xticks(
             [column + 0.5 for column in range(len(columns))],
-            [name.rpartition(".")[2] for name in columns],
+            [_label(name) for name in columns],
             rotation=35,
             ha="right",
         )
@@ -178,6 +181,12 @@ def layer_maps(layers: LayerMap) -> Markup:
         axes.spines[:].set_visible(False)
     left.set_ylabel("block")
     return _svg(figure, "Error and share of zeros of every linear layer, block by block")
+
+
+def _label(layer: str) -> str:
+    """Return the last part of a layer's name, and whether it belongs to experts."""
+    own = layer.rpartition(".")[2]
+    return f"{own} (experts)" if EXPERT in layer.split(".") else own
 
 
 @mpl.rc_context(_STYLE)

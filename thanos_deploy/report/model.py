@@ -103,15 +103,16 @@ class LayerMap:
     """Error and removed fraction of every layer, with one row for each block.
 
     Attributes:
-        columns: names of the linear layers of the first block, relative to the block or expert;
-            "heads" and "channels" where these were cut out.
-        error: relative error of the output, by block and column.
-        gone: fraction of the weights, heads or channels that was removed, by block and column.
+        columns: names of the linear layers, relative to their blocks, with "*" for the number of an
+            expert; "heads" and "channels" where these were cut out.
+        error: relative error of the output, by block and column; the mean over experts. None if
+            the block has no such layer.
+        gone: fraction of the weights, heads or channels that was removed, likewise.
     """
 
     columns: tuple[str, ...]
-    error: tuple[tuple[float, ...], ...]
-    gone: tuple[tuple[float, ...], ...]
+    error: tuple[tuple[float | None, ...], ...]
+    gone: tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,19 +328,41 @@ def test_a_log_entry_is_one_line_of_json() -> None:
     assert "two\nlines" in entry["exception"]
 
 
+def samples_of(running: Running) -> dict[tuple[str, str | None], float]:
+    """The metrics of a server, by name and status."""
+    with running.http() as http:
+        answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, sample.labels.get("status")): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_times_of_answers_count_from_the_arrival_of_the_request(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Tokenizer.encode
+
+    def slow(tokenizer: Tokenizer, text: str, *, framed: bool = True) -> list[int]:
+        time.sleep(0.2)
+        return usual(tokenizer, text, framed=framed)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    with serve() as running:
+        complete(running)
+        samples = samples_of(running)
+    assert samples["thanos_time_to_first_token_seconds_sum", None] > 0.2
+    assert samples["thanos_answer_seconds_sum", None] > 0.2
+
+
 def test_the_metrics_add_up(serve: Serve) -> None:
     with serve() as running:
         answers = [running.openai().completions.create(**ASKED, **IGNORING, n=2) for _ in range(3)]
         with pytest.raises(openai.NotFoundError):
             running.openai().completions.create(**{**ASKED, "model": "x"})
-        with running.http() as http:
-            answer = http.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
-    samples = {
-        (sample.name, sample.labels.get("status")): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
+        samples = samples_of(running)
     usage = [answer.usage for answer in answers]
     assert samples["thanos_requests_total", "200"] == 3
     assert samples["thanos_requests_total", "404"] == 1

@@ -13,7 +13,8 @@ from thanos_deploy.bundle.codec import Json, decode, encode
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.errors import InputError, IntegrityError, UsageError
 from thanos_deploy.measure.quality import EVAL, EVAL_ONNX, TextQuality
-from thanos_deploy.report import build, markdown, page, sources
+from thanos_deploy.pruning.result import PrunedBlock, PrunedLayer
+from thanos_deploy.report import build, charts, markdown, page, sources
 from thanos_deploy.report.figures import figures
 from thanos_deploy.report.model import FORMAT, ModelReport, Report
 from thanos_deploy.report.sources import Sources
@@ -55,6 +56,37 @@ def test_every_pattern_has_a_report_of_the_published_form(pattern: str, tmp_path
     text = page_of(report, out)
     assert report["headline"] in text
     assert (f"{pattern} holds in 12 of 12 weights" in text) == (model["widths"] is None)
+
+
+def test_a_layer_map_has_a_column_for_every_layer_and_one_for_all_experts() -> None:
+    def layer(name: str, error: float) -> PrunedLayer:
+        return PrunedLayer(
+            name=name,
+            rows=8,
+            cols=8,
+            pattern="2:4",
+            sparsity=0.5,
+            pattern_holds=True,
+            relative_error=error,
+            damping=0.01,
+            solver="thanos",
+            failures=(),
+            seconds=0.0,
+        )
+
+    dense = PrunedBlock((layer("model.layers.0.mlp.down_proj", 0.5),), {})
+    routed = PrunedBlock(
+        (
+            layer("model.layers.1.mlp.experts.0.down_proj", 0.25),
+            layer("model.layers.1.mlp.experts.1.down_proj", 0.75),
+        ),
+        {},
+    )
+    layers = build._layer_map([dense, routed])
+    assert layers.columns == ("mlp.down_proj", "mlp.experts.*.down_proj")
+    assert layers.error == ((0.5, None), (None, 0.5))
+    assert layers.gone == ((0.5, None), (None, 0.5))
+    assert "down_proj (experts)" in charts.layer_maps(layers)
 
 
 def test_only_the_pruning_has_to_be_done_and_the_rest_is_listed_as_missing(tmp_path: Path) -> None:
