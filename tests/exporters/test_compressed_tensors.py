@@ -84,6 +84,10 @@ def test_codes_of_another_model_are_refused(make_model: MakeModel, tmp_path: Pat
     (tmp_path / "codes" / "00001.safetensors").write_bytes(b"{}")
     with pytest.raises(InputError, match="codes: not readable"):
         Codes.open(tmp_path / "codes")
+    for path in (tmp_path / "codes").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="there are no codes"):
+        Codes.open(tmp_path / "codes")
 
 
 def test_a_bundle_that_was_not_quantised_is_refused(two_four_bundle: Path, tmp_path: Path) -> None:

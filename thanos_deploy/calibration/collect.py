@@ -175,9 +175,11 @@ def collect_norms(walk: Walk, entrances: Mapping[str, nn.Module]) -> dict[str, S
             module.register_forward_pre_hook(lambda _, seen, name=name: add(name, seen[0]))
             for name, module in entrances.items()
         ]
-        batch.forward(walk.index, walk.block)
-        for handle in handles:
-            handle.remove()
+        try:
+            batch.forward(walk.index, walk.block)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     return walk.summed(list(entrances), count)
 

@@ -190,8 +190,8 @@ class Journal(Generic[R]):
             try:
                 entry = decode(_Entry, journal_folder.unsealed(path))
                 decode(self._report, entry.report)
-            except ValueError:
-                logger.warning("%s: damaged", path)
+            except ValueError as error:
+                logger.warning("%s: damaged, so what it records is done again: %s", path, error)
                 return
             if not intact(self.folder, entry.parameters):
                 return

@@ -42,7 +42,9 @@ def claim(folder: Path, owner: Json) -> None:
             why = record.differences(before, owner)
         except (OSError, ValueError, AttributeError):
             why = f"{_OWNER} is missing or damaged"
-        logger.warning("%s: discarded, so pruning starts over: %s", folder, why)
+        logger.warning(
+            "%s: discarded, because it is of another run, so the work starts over: %s", folder, why
+        )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     replace_json(path, owner)
@@ -71,7 +73,7 @@ def unsealed(path: Path) -> Json:
     """
     content = decode(_Content, loads(path.read_bytes()))
     if content.sha256 != sha256_of(content.entry):
-        raise ValueError(f"SHA-256 {content.sha256}")
+        raise ValueError("the entry does not have the SHA-256 that was written with it")
     return content.entry
 
 
@@ -81,8 +83,8 @@ def found(path: Path, cls: type[T]) -> T | None:
         return decode(cls, unsealed(path))
     except FileNotFoundError:
         return None
-    except ValueError:
-        logger.warning("%s: damaged", path)
+    except ValueError as error:
+        logger.warning("%s: damaged, so what it records is done again: %s", path, error)
         return None
 
 

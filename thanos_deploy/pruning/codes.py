@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from thanos_deploy.errors import InputError, UsageError
+from thanos_deploy.errors import InputError, ModelError, UsageError
 from thanos_deploy.model.rounding import rounded
 from thanos_deploy.solver.codes import Quantised
 from thanos_deploy.solver.grid import Grid, parse
@@ -69,10 +69,14 @@ class Codes:
                 with safe_open(path, framework="pt") as file:
                     grids.add(parse(file.metadata()[_GRID]))
                     found.update(dict.fromkeys(file.keys(), path))
-            (grid,) = grids
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, UsageError) as error:
             raise _unreadable(folder, f"not readable: {error}") from error
-        return cls(folder, grid, found)
+        if not grids:
+            raise _unreadable(folder, "there are no codes (*.safetensors)")
+        if len(grids) > 1:
+            names = ", ".join(sorted(map(str, grids)))
+            raise _unreadable(folder, f"the files name different grids: {names}")
+        return cls(folder, *grids, found)
 
     def of(self, name: str, weight: Tensor) -> Quantised:
         """The codes of a layer, with scales in float32.
@@ -89,8 +93,10 @@ class Codes:
             zero = torch.zeros_like(scale) if self.grid.symmetric else self._read(name + _ZERO)
             quantised = Quantised(self.grid, codes.to(torch.int16), scale.float(), zero.float())
             same = rounded(quantised.weight, weight.dtype, name).equal(weight)
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise _unreadable(self.folder, f"{name} is not there: {error}") from error
+        except (OSError, SafetensorError, KeyError, RuntimeError, ModelError) as error:
+            raise _unreadable(
+                self.folder, f"the codes of {name} are missing or damaged: {error}"
+            ) from error
         if not same:
             raise _unreadable(
                 self.folder, f"the codes of {name} do not match the weight in the checkpoint"

@@ -113,7 +113,8 @@ def _ratio(scores: Tensor, block: str, threshold: float) -> float:
     mean = scores.mean(dtype=torch.float64).item()
     if not math.isfinite(mean):
         raise HessianError(
-            f"{block}: activations or weights are not finite, so outliers cannot be counted",
+            f"{block.rstrip('.')}: activations or weights are not finite, so outliers cannot be "
+            "counted",
             fix="use --allocation uniform, or other calibration text",
         )
     return int((scores > threshold * mean).sum()) / scores.numel()

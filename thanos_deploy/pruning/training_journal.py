@@ -106,7 +106,9 @@ class TrainingJournal:
         if state.reached.step:
             logger.info("%s: continuing after %d steps", self._folder, state.reached.step)
         elif path.exists():
-            logger.warning("%s: the training starts over", self._folder)
+            logger.warning(
+                "%s: the training starts over, because its last state is damaged", self._folder
+            )
         journal_folder.drop_all_but(self._folder, {_STATE, *state.files} if state.files else {})
         return state
 

@@ -17,6 +17,7 @@ benchmarks/LOG.md compares the two.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -120,24 +121,25 @@ def survey(
     missing = math.ceil(fraction * sum(sizes) - 1e-6) - sum(sizes[one.block] for one in found)
     expected = len(found) + math.ceil(missing / max(sizes))
     on_progress(len(found), expected)
-    if missing <= 0:
-        return found
-    trials = _Trials(checkpoint, segments, device)
-    while missing > 0:
-        clock = Clock(device=device)
-        with clock.measure("collect"):
-            left = [n for n in range(len(sizes)) if n not in {one.block for one in found}]
-            changes = trials.without_each(left)
-        # If two changes are equal, all ranks choose the first block.
-        block = min(changes, key=lambda number: (changes[number], number))
-        found.append(Removal(block, changes[block], clock.seconds))
+    with ExitStack() as stack:
         if journal is not None:
-            journal.add(found[-1], {}, ())
-            journal.finish()
-        missing -= sizes[block]
-        on_progress(len(found), max(expected, len(found)))
-    if journal is not None:
-        journal.close()
+            stack.callback(journal.close)
+        if missing <= 0:
+            return found
+        trials = _Trials(checkpoint, segments, device)
+        while missing > 0:
+            clock = Clock(device=device)
+            with clock.measure("collect"):
+                left = [n for n in range(len(sizes)) if n not in {one.block for one in found}]
+                changes = trials.without_each(left)
+            # If two changes are equal, all ranks choose the first block.
+            block = min(changes, key=lambda number: (changes[number], number))
+            found.append(Removal(block, changes[block], clock.seconds))
+            if journal is not None:
+                journal.add(found[-1], {}, ())
+                journal.finish()
+            missing -= sizes[block]
+            on_progress(len(found), max(expected, len(found)))
     return found
 
 

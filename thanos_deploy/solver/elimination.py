@@ -141,9 +141,14 @@ class Elimination:
 
         Returns:
             float64[cols + 1], ascending.
+
+        Raises:
+            HessianError: see `require_solved`.
         """
         order = self.costs().sort(stable=True).indices
-        lower = torch.linalg.cholesky(self._inverse[order][:, order])
+        lower, failed = torch.linalg.cholesky_ex(self._inverse[order][:, order])
+        self._solved &= failed == 0
+        self.require_solved()
         rows = torch.linalg.solve_triangular(lower, self.weight[:, order].T, upper=False)
         return nn.functional.pad(rows.square().sum(dim=1).cumsum(dim=0), (1, 0))
 

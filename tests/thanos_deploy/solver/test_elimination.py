@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import damped, loss, random_problem
+from thanos_deploy.errors import HessianError
 from thanos_deploy.solver.damping import Damping
 from thanos_deploy.solver.elimination import Elimination
 from thanos_deploy.solver.hessian import factor
@@ -69,6 +70,14 @@ def test_the_curve_of_losses_is_that_of_dropping_channels() -> None:
         trial.drop_channels(16 - count)
         assert int(trial.left.sum()) == 16 - count
         assert curve[count].item() == pytest.approx(trial.loss, rel=1e-9, abs=1e-9)
+
+
+def test_the_curve_of_losses_of_inputs_that_depend_on_each_other_is_refused() -> None:
+    problem = random_problem(2, rows=6, cols=16)
+    elimination = Elimination(problem.weight, factor(problem))
+    elimination._inverse[0], elimination._inverse[:, 0] = 0.0, 0.0
+    with pytest.raises(HessianError, match="depend on each other so strongly"):
+        elimination.channel_losses()
 
 
 @pytest.mark.parametrize(
