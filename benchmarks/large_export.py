@@ -22,7 +22,7 @@ from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.machine.environment import peak_memory_bytes
 model, out = map(Path, sys.argv[1:])
 record = exporters.onnx.graph.export(Checkpoint.open(model), out, pattern=None)
-print(max(case["logits_error"] for case in record["parity"]), peak_memory_bytes())
+print(max(case.logits_error for case in record.parity), peak_memory_bytes())
 """
 
 
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     make_model(config).save_pretrained(model)
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", _EXPORT, model, out], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _EXPORT, model, out], stdout=subprocess.PIPE, text=True, check=True
     )
     error, peak = done.stdout.split()
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))

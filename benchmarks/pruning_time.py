@@ -28,17 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from benchmarks.first_blocks import write_first_blocks
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods, pattern
 from thanos_deploy.bundle.codec import encode
-from thanos_deploy.bundle.files import Json, write_json
+from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.journal import Journal
 from thanos_deploy.cli import _progress
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
-from thanos_deploy.model.companions import copy_companions
 from thanos_deploy.model.load import load_model
 from thanos_deploy.pattern import Pattern
 from thanos_deploy.pruning.layers import ACTIVITIES
@@ -105,7 +104,7 @@ def main() -> None:
         folder = checkpoint.folder
         if arguments.blocks is not None:
             folder = Path(kept)
-            first_blocks(checkpoint, folder, arguments.blocks)
+            write_first_blocks(checkpoint, folder, arguments.blocks)
         for preset in arguments.preset:
             for chosen in arguments.pattern:
                 run = Run(folder, preset, chosen, given)
@@ -114,18 +113,6 @@ def main() -> None:
     print(render(records))
     for record in records:
         print(json.dumps({**record, "environment": encode(environment.describe())}))
-
-
-def first_blocks(checkpoint: Checkpoint, folder: Path, count: int) -> None:
-    """Write a model that consists of the first blocks of another model."""
-    copy_companions(checkpoint.folder, folder, None)
-    config = json.loads((folder / "config.json").read_bytes())
-    write_json(folder / "config.json", {**config, "num_hidden_layers": count})
-    gone = tuple(block.prefix for block in checkpoint.blocks[count:])
-    names = [
-        stored for name, stored in checkpoint.weights.stored.items() if not name.startswith(gone)
-    ]
-    save_file(checkpoint.weights.read(names), folder / "model.safetensors", {"format": "pt"})
 
 
 def measure(run: Run, threads: int) -> Json:

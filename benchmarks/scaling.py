@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.first_blocks import write_first_blocks
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import pattern
 from thanos_deploy.stages.dense import Dense
@@ -76,36 +77,18 @@ def main() -> None:
         _work(arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = _shortened(arguments.model or str(gguf_path()), arguments.blocks, Path(folder))
+        model = Path(folder) / "model"
+        model.mkdir()
+        whole = Dense(arguments.model or str(gguf_path())).checkpoint()
+        write_first_blocks(whole, model, arguments.blocks)
         measured: dict[int, list[dict[str, Spent]]] = {1: [], arguments.processes: []}
         for number in range(arguments.rounds):
             for processes, rounds in measured.items():
                 out = Path(folder) / f"{number}-{processes}"
                 out.mkdir()
-                rounds.append(_run(arguments, model, out, processes))
+                rounds.append(_run(arguments, str(model), out, processes))
                 shutil.rmtree(out)
     _show(measured, arguments.processes)
-
-
-def _shortened(model: str, blocks: int, folder: Path) -> str:
-    """Write the first blocks of a model as a model, and return its folder."""
-    from safetensors.torch import save_file
-
-    whole = Dense(model).checkpoint()
-    left_out = tuple(block.prefix for block in whole.blocks[blocks:])
-    short = folder / "model"
-    short.mkdir()
-    for path in whole.folder.iterdir():
-        if path.name != "config.json" and "safetensors" not in path.name:
-            shutil.copy(path, short / path.name)
-    config = json.loads((whole.folder / "config.json").read_bytes())
-    config["num_hidden_layers"] = blocks
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:blocks]
-    (short / "config.json").write_text(json.dumps(config))
-    names = [name for name in whole.weights.shapes if not name.startswith(left_out)]
-    save_file(whole.weights.read(names), short / "model.safetensors", {"format": "pt"})
-    return str(short)
 
 
 def _run(arguments: argparse.Namespace, model: str, out: Path, processes: int) -> dict[str, Spent]:

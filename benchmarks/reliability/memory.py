@@ -45,6 +45,7 @@ WORKS = (
     Work("structured", ("prune", "{model}", "--pattern", "structured:0.25", *_TEXT, "-o", "{out}")),
 )
 
+_LIMITS = "memory limits"
 _FAULTS = "runs with another exit code, or with 5 without the memory that is needed"
 
 
@@ -85,9 +86,12 @@ def write_wide_model(folder: Path) -> Path:
 
 def run(setting: Setting) -> Iterator[Slice]:
     """Run every command with every kind of limit and every step, as far as time allows."""
-    end = time.monotonic() + setting.seconds
-    every = undisturbed(WORKS, setting, write_wide_model)
-    for alone in every:
+    end, limits = time.monotonic() + setting.seconds, list(itertools.product(_kinds(), STEPS))
+    # Earlier calls have tried the first limits.
+    done = setting.so_far(_LIMITS)
+    for number, alone in enumerate(undisturbed(WORKS, setting, write_wide_model)):
+        if number and (number + 1) * len(limits) <= done:
+            continue
         needed, ratio = compared(alone, setting.folder / "out")
         yield Slice(
             [
@@ -100,13 +104,13 @@ def run(setting: Setting) -> Iterator[Slice]:
         if alone.work == WORKS[0]:  # all commands begin in the same way
             held = held_before(alone, setting.folder / "out")
             begun = begun_with(alone, setting.folder / "out") if _root() else 0
-        for by, share in itertools.product(_kinds(), STEPS):
+        for by, share in limits[max(0, done - number * len(limits)) :]:
             if time.monotonic() > end:
                 return
             one = limited(alone, setting.folder / "out", by, share, needed - held, begun)
             yield Slice(
                 [
-                    Figure("memory limits", 1, least=len(WORKS) * len(STEPS)),
+                    Figure(_LIMITS, 1, least=len(WORKS) * len(limits)),
                     Figure("of these, large enough: exit code 0", int(one.code == 0)),
                     Figure("of these, too small: exit code 5", int(one.code == 5)),
                     Figure(_FAULTS, int(bool(one.fault)), most=0),

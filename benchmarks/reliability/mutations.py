@@ -161,8 +161,9 @@ def batch(
         _, status = os.waitpid(child, 0)
         if last < numbers.stop - 1:
             last += 1
-            signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            yield Ended(last, "fault", why or f"its process ended by signal {signalled}")
+            code = os.waitstatus_to_exitcode(status)
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            yield Ended(last, "fault", why or f"its process ended {how}")
         numbers = range(last + 1, numbers.stop)
 
 

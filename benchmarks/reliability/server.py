@@ -130,7 +130,16 @@ def _answered(target: Target, one: Golden) -> str:
     if response.status != 200:
         away = response.status == 503 and "Retry-After" in response.headers
         return "503" if away else f"{response.status} without Retry-After"
-    return "right" if json.loads(content)["choices"][0]["text"] == one.text else "wrong"
+    return "right" if text_of(content) == one.text else "wrong"
+
+
+def text_of(content: bytes) -> str | None:
+    """Return the text of a completion; None if the content is something else."""
+    try:
+        text = json.loads(content)["choices"][0]["text"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def during(
@@ -152,14 +161,17 @@ def during(
     seen, over = Seen(), threading.Event()
     good, *others = targets
     with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = []
         for _ in range(CLIENTS):
-            chance = random.Random(good.chance.random())
-            pool.submit(use, replace(good, chance=chance), golden, over, seen)
+            own = replace(good, chance=random.Random(good.chance.random()))
+            clients.append(pool.submit(use, own, golden, over, seen))
         running = [attackers.submit(repeat, attack, target, seconds) for target in others if attack]
         time.sleep(seconds)
         for one in running:
             seen.attacks.update(one.result())
         over.set()
+        for client in clients:
+            client.result()
     return seen
 
 

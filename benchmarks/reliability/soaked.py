@@ -14,19 +14,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from benchmarks.reliability.part import Figure, Part, Setting, Slice
-from benchmarks.reliability.server import CLIENTS, NEW_TOKENS, Golden, goldens
+from benchmarks.reliability.server import CLIENTS, NEW_TOKENS, Golden, goldens, text_of
 from benchmarks.server import free_port, request, running, serve
 from benchmarks.soak import BROKEN, MODEL, QUEUE, SLOTS, Tally, Visitor, prompts, settled, visit
 
 MINUTES = 60
 VISITORS = 3  # of each replica
 _STAYS = 15.0  # seconds until a replica is ended
+_START_SECONDS = 60.0  # the most that a server needs until it is healthy
 
 # Outcomes of a request with a known answer that are not lost; "wrong" has a figure of its own.
 _ANSWERED = ("right", "wrong", "503")
@@ -39,10 +40,12 @@ class _Replicas:
     Attributes:
         urls: URLs of both.
         ends: number of servers that were ended, by exit code.
+        lock: guards `ends`.
     """
 
     urls: tuple[str, str]
     ends: Counter[int | None] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def run(setting: Setting) -> Iterator[Slice]:
@@ -146,7 +149,8 @@ def _keep(
             [*command, "--threads", 1], port=port, log=folder / f"replica-{port}.log"
         ) as server:
             over.wait(stays)
-        replicas.ends[server.process.returncode] += 1
+        with replicas.lock:
+            replicas.ends[server.process.returncode] += 1
 
 
 def _metrics(url: str) -> str:
@@ -154,13 +158,18 @@ def _metrics(url: str) -> str:
 
 
 def _wait(url: str) -> None:
-    """Wait until the server is healthy."""
-    while True:
-        try:
+    """Wait until the server is healthy.
+
+    Raises:
+        TimeoutError: it is not after a minute.
+    """
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        with suppress(OSError, http.client.HTTPException):
             if request(url, "GET", "/health")[0] == 200:
                 return
-        except (OSError, http.client.HTTPException):
-            time.sleep(0.1)
+        time.sleep(0.1)
+    raise TimeoutError(f"{url}: no server is healthy after {_START_SECONDS:g} s")
 
 
 def _use(
@@ -192,7 +201,7 @@ def _asked(urls: Sequence[str], one: Golden, draw: random.Random) -> str:
                 return f"{type(error).__name__} after {time.monotonic() - began:.1f} s"
             if status != 200:
                 return str(status)
-            return "right" if json.loads(content)["choices"][0]["text"] == one.text else "wrong"
+            return "right" if text_of(content) == one.text else "wrong"
         time.sleep(0.1)
 
 

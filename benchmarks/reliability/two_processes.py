@@ -69,8 +69,9 @@ class Both:
     Attributes:
         work: name of the command.
         kind: name of the simulated file system.
-        seconds: time of the refused process from opening the folder to its end.
-        refused: whether a process was refused.
+        seconds: time of the refused process from opening the folder to its end; 0 if none was
+            refused.
+        refused: whether a process was refused, and was seen to open the folder.
         fault: what went wrong; empty if nothing did.
     """
 
@@ -134,7 +135,8 @@ def both(
         fault = f"exit codes {codes}: {said[-500:]}"
     else:
         fault = alone.fault_in(out)
-    return Both(alone.work.name, name, looks.seconds() if refused else 0.0, bool(refused), fault)
+    seconds = looks.seconds()
+    return Both(alone.work.name, name, seconds or 0.0, seconds is not None, fault)
 
 
 class _Looks:
@@ -147,8 +149,11 @@ class _Looks:
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
-    def seconds(self) -> float:
-        """Return the seconds of the refused process from opening the lock file to its end."""
+    def seconds(self) -> float | None:
+        """Return the seconds of the refused process from opening the lock file to its end.
+
+        None if no process was refused, or if none was seen with the file open.
+        """
         self._thread.join()
         return max(
             (
@@ -156,7 +161,7 @@ class _Looks:
                 for command in self._commands
                 if command.returncode == _IN_USE and command.pid in self._found
             ),
-            default=0.0,
+            default=None,
         )
 
     def _watch(self) -> None:

@@ -76,7 +76,7 @@ class Codes:
         if len(grids) > 1:
             names = ", ".join(sorted(map(str, grids)))
             raise _unreadable(folder, f"the files name different grids: {names}")
-        return cls(folder, *grids, found)
+        return cls(folder, grids.pop(), found)
 
     def of(self, name: str, weight: Tensor) -> Quantised:
         """The codes of a layer, with scales in float32.
