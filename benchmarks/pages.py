@@ -38,5 +38,5 @@ def _split(text: str, mark: str) -> tuple[str, str]:
     """Return the text before and after a marker."""
     parts = text.split(mark)
     if len(parts) != 2:
-        raise ValueError(f"{mark.strip()} is there {len(parts) - 1} times, not once")
+        raise ValueError(f"the marker {mark.strip()} is there {len(parts) - 1} times, not once")
     return parts[0], parts[1]

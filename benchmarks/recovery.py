@@ -175,7 +175,9 @@ class Bench:
             return self.document
         found = decode(Document, files.read_json(self.path))
         if changed := differences(found.conditions, conditions):
-            raise SystemExit(f"{self.path} is of other conditions ({changed}): give another -o")
+            raise SystemExit(
+                f"{self.path} was measured under other conditions ({changed}): give another -o"
+            )
         return found
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:

@@ -232,20 +232,24 @@ def _memory(graph_bytes: int) -> Check:
         for line in status.read_text().splitlines()
         if line.startswith("MemAvailable:")
     )
-    return _enough("memory to build", _MEMORY_PER_GRAPH_BYTE * graph_bytes, available)
+    needed = _MEMORY_PER_GRAPH_BYTE * graph_bytes
+    return _enough(
+        "memory to build", needed, available, "free some memory, or use a larger machine"
+    )
 
 
 def _disk(graph_bytes: int, folder: Path) -> Check:
-    return _enough("disk", _DISK_PER_GRAPH_BYTE * graph_bytes, shutil.disk_usage(folder).free)
+    needed, free = _DISK_PER_GRAPH_BYTE * graph_bytes, shutil.disk_usage(folder).free
+    return _enough("disk", needed, free, "free some disk space, or move the bundle to another disk")
 
 
-def _enough(name: str, needed: float, available: float) -> Check:
+def _enough(name: str, needed: float, available: float, fix: str) -> Check:
     fits = needed <= available
     return Check(
         name,
         "PASS" if fits else "FAIL",
         f"about {needed / 1e9:.1f} GB needed, {available / 1e9:.1f} GB free",
-        fix="" if fits else "free some memory, or use a larger machine",
+        fix="" if fits else fix,
     )
 
 

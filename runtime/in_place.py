@@ -40,8 +40,7 @@ _HEADROOM = 1.25
 def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
     """See `ServingEngine.logits`."""
     prompts = [row[real == 1].tolist() for row, real in zip(ids, mask, strict=True)]
-    rows = InPlaceRows(graph, len(prompts))
-    reading = rows.join(prompts, Prefixes(graph, 0))
+    reading = InPlaceReading(graph, prompts, Prefixes(graph, 0), None)
     while (logits := reading.read(_PIECE * len(prompts))) is None:
         if given_up():
             raise CancelledError
@@ -166,9 +165,17 @@ class InPlaceReading:
         graph: Graph,
         prompts: Sequence[Sequence[int]],
         prefixes: Prefixes,
-        rows: InPlaceRows,
+        rows: InPlaceRows | None,
     ) -> None:
-        """Start with the prefixes of the prompts that are in the prefix cache."""
+        """Start with the prefixes of the prompts that are in the prefix cache.
+
+        Args:
+            graph: computes the KV caches.
+            prompts: the prompts of the newcomers.
+            prefixes: the prefix cache.
+            rows: the batch that takes the newcomers when they are read; None for newcomers of
+                which only the logits are wanted.
+        """
         self._prompts = list(map(tuple, prompts))
         self._prefixes = prefixes
         self._rows = rows
@@ -197,7 +204,8 @@ class InPlaceReading:
             return None
         for row, prompt in enumerate(self._prompts):
             self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
-        self._rows.extend(self._newcomers)
+        if self._rows is not None:
+            self._rows.extend(self._newcomers)
         return np.stack([one for one in self._logits if one is not None])
 
     def _read_together(self, longest: int) -> None:

@@ -148,7 +148,11 @@ def test_owl_removes_exactly_what_was_asked_for(
         (("2:64",), 3, "32 inputs do not divide into the groups of 64"),
         (("unstructured:1.5",), 2, "between 0 and 1"),
         (("structured:1",), 2, "no heads or channels would be left"),
-        (("2:4", "--seqlen", "1"), 2, "4 segments of 1 tokens; the model takes 2 to 128"),
+        (
+            ("2:4", "--seqlen", "1"),
+            2,
+            "cannot cut 4 segments of 1 tokens: the model takes 2 to 128",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -160,13 +160,13 @@ def test_an_engine_of_another_graph_is_found(bundle: Path, invoke: Invoke) -> No
     ("options", "complaint"),
     [
         (("--target", "tensorrt-rtx", "--sm", "90"), "sm90: the library builds for sm120"),
-        (("--target", "tensorrt-rtx", "--sm", "ampere"), "numbers from 1 on"),
+        (("--target", "tensorrt-rtx", "--sm", "ampere"), "list of positive integers"),
         (("--target", "tensorrt-rtx", "--dtype", "int8"), "takes fp16, fp32, int8-qdq"),
         (("--target", "onnx", "--dtype", "int8-qdq"), "onnx takes fp32, fp16, int8"),
         (("--target", "onnx", "--sm", "80"), "leave it out; onnx takes --dtype, --max-seq"),
         (("--target", "packed", "--dtype", "fp16"), "packed takes no options"),
         (("--target", "tensorrt-rtx", "--seq", "16,4096"), "a larger --max-seq"),
-        (("--target", "tensorrt-rtx", "--batch", "0"), "numbers from 1 on"),
+        (("--target", "tensorrt-rtx", "--batch", "0"), "list of positive integers"),
     ],
 )
 def test_engines_that_cannot_be_meant(

@@ -207,7 +207,11 @@ def test_keep_shape_sets_columns_to_zero_and_changes_no_shape(
         (("structured:0.2", "--block-size", "64"), "with --block-size", "leave it out"),
         (("structured:0.2", "--true-sequential"), "with --true-sequential", "leave it out"),
         (("structured:0.2", "--calib-forward", "bf16"), "with --calib-forward", "leave it out"),
-        (("structured:0.2", "--preset", "paper"), "the paper sets columns to zero", "--keep-shape"),
+        (
+            ("structured:0.2", "--preset", "paper"),
+            "--preset paper is not available with structured:0.2",
+            "--keep-shape",
+        ),
         (
             ("structured:0.2", "--ffn-multiple", "49"),
             "--ffn-multiple 49: a block has",

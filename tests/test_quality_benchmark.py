@@ -90,5 +90,5 @@ def test_a_row_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
     assert drawn.seed == 3
     assert "draw 3" in section(results(drawn))
     arguments.eval_segments = 1
-    with pytest.raises(SystemExit, match="of other conditions"):
+    with pytest.raises(SystemExit, match="under other conditions"):
         quality.measured(arguments)

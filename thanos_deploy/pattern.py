@@ -105,6 +105,6 @@ def parse(text: str) -> Pattern:
 
 def _fraction_error(kind: str, value: float) -> PatternError:
     return PatternError(
-        f"pattern {kind}:{value!r} asks to remove a fraction of {value!r}",
-        fix="give a fraction between 0 and 1",
+        f"pattern {kind}:{value!r}: the fraction is not between 0 and 1",
+        fix=f"write {kind}:0.5 for one half",
     )

@@ -96,7 +96,9 @@ class Results:
     def require(self, conditions: Conditions, path: Path) -> None:
         """Refuse to continue a file that was made under other conditions."""
         if changed := differences(encode(self.conditions), encode(conditions)):
-            raise SystemExit(f"{path} is of other conditions ({changed}): give another --results")
+            raise SystemExit(
+                f"{path} was measured under other conditions ({changed}): give another --results"
+            )
 
     def has(self, request: dict[str, Any], seed: int | None) -> bool:
         """Whether the row of a request and seed exists."""

@@ -102,7 +102,7 @@ def _others(dense: Judged, rows: Sequence[Row]) -> Iterator[str]:
             "same most likely token",
             "last words right",
             "multiple choice right",
-            "of the dense model's text, before the first other token",
+            "tokens of the dense model's text before the first difference",
         ]
     )
     yield _line(["---", "---", *["---:"] * 5])

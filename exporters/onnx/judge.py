@@ -116,8 +116,9 @@ def nonzero(
         consumers = {use.node.op_type for use in value.uses()}
         if consumers not in ({"MatMul"}, {"DequantizeLinear"}):
             raise GateError(
-                f"{weight} feeds {', '.join(sorted(consumers))}, not a single MatMul",
-                fix="report this model type; its graph hides the layer",
+                f"{weight} is used by {', '.join(sorted(consumers))} instead of one MatMul, so its "
+                "pattern cannot be checked",
+                fix="report this model type",
             )
         array = value.const_value.numpy()
         return array.shape, 0, (array != 0).T

@@ -83,8 +83,8 @@ def show(built: EngineResult) -> Table:
     rows = {
         "engine": f"{built.target} {built.library} for {', '.join(built.arch)}",
         "types": built.dtype,
-        "linear layers as": built.sparse_form,
-        "sparse weights": "looked at" if built.sparse_weights else "not looked at",
+        "form of linear layers": built.sparse_form,
+        "sparse kernels allowed": "yes" if built.sparse_weights else "no",
         "layers with 2:4": f"{summary.pattern_holds} of {summary.layers}",
         "eligible for sparse kernels": str(summary.eligible),
         "sparse kernels picked": str(summary.picked),

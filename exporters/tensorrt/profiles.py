@@ -60,8 +60,8 @@ def profiles(batch: Sequence[int], prompt: Sequence[int], longest: int) -> tuple
             )
     if max(prompt) > longest or longest < 2:
         raise UsageError(
-            f"--seq {','.join(map(str, prompt))} needs --max-seq of at least 2 and of at "
-            f"least the longest prompt, and it is {longest}",
+            f"--seq {','.join(map(str, prompt))} with --max-seq {longest}: the longest sequence "
+            f"has to have at least {max(2, *prompt)} tokens",
             fix="give a larger --max-seq, which counts prompt and answer together, or a "
             "shorter --seq",
         )

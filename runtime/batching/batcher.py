@@ -115,7 +115,7 @@ class Batcher:
             owners = {other.owner for other in self._waiting}
             if sequence.owner not in owners and len(owners) >= self._queue + self._free():
                 raise Busy(
-                    f"all slots are taken, and {self._queue} requests wait for one",
+                    f"the queue is full: {len(owners)} requests wait for a slot",
                     fix="try again later, or allow a longer queue",
                 )
             self._waiting.append(sequence)

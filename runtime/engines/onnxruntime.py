@@ -191,7 +191,8 @@ def open_graph(
         driver.require()
         if record.graph == "ort":
             raise UsageError(
-                f"{path}: a graph with operators of ONNX Runtime's CPU provider, on {provider}",
+                f"{path}: this graph was exported for ONNX Runtime's CPU provider and cannot run "
+                f"on {provider}",
                 fix=f"run `thanos-deploy export {bundle} --target onnx --graph neutral "
                 "--overwrite` first",
             )

@@ -51,8 +51,8 @@ class Rendering:
             case _:
                 self.close()
                 raise UsageError(
-                    f"the model's chat template did not finish within {SECONDS:g} s, or "
-                    "its process crashed",
+                    "the model's chat template exceeded a limit of time or memory "
+                    f"({SECONDS:g} s for one conversation), or crashed",
                     fix="send shorter messages, or use /v1/completions",
                 )
 

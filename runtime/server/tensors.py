@@ -296,10 +296,10 @@ def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, 
             raise RefusedError(400, f"{tensor.name}: give either data or binary_data_size")
         tensors[tensor.name] = _from_json(tensor) if size is None else _from_bytes(tensor, binary)
         binary = binary[size or 0 :]
-    if len(binary) or len(tensors) < len(asked.inputs):
-        raise RefusedError(
-            400, "the body has bytes after the last input, or two inputs of the same name"
-        )
+    if len(tensors) < len(asked.inputs):
+        raise RefusedError(400, "two inputs have the same name")
+    if len(binary):
+        raise RefusedError(400, f"the body has {len(binary)} bytes after the last input")
     return asked, tensors
 
 
@@ -316,7 +316,9 @@ def _from_bytes(tensor: Input, binary: memoryview) -> Ids:
     needed = math.prod(tensor.shape) * np.dtype(np.int64).itemsize
     if tensor.parameters.binary_data_size != needed or len(binary) < needed:
         raise RefusedError(
-            400, f"{tensor.name}: shape {tensor.shape} needs {needed} bytes; the body has fewer"
+            400,
+            f"{tensor.name}: shape {tensor.shape} needs {needed} bytes; binary_data_size is "
+            f"{tensor.parameters.binary_data_size}, and {len(binary)} bytes of the body are left",
         )
     return np.frombuffer(binary[:needed], dtype="<i8").reshape(tensor.shape)
 

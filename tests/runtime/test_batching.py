@@ -57,7 +57,7 @@ def test_more_requests_than_may_wait_are_refused_and_say_what_to_do(start: Start
     waiting, late = Answer(), Answer()
     batcher.submit(Request((7,), 2), waiting)
     assert batcher.state().waiting == 1
-    with pytest.raises(Busy, match="all slots are taken, and 1 requests wait") as caught:
+    with pytest.raises(Busy, match="the queue is full: 1 requests wait") as caught:
         batcher.submit(Request((8,), 2), late)
     assert (caught.value.exit_code, bool(caught.value.fix)) == (5, True)
     engine.permit()

@@ -97,7 +97,7 @@ def _check(name: str, value: object, annotation: Any) -> None:
     if origin is Literal:
         if value not in arguments:
             raise UsageError(
-                f"{name} {value!r}: no such choice",
+                f"{name}: {value!r} is not one of the possible values",
                 fix=f"give one of {', '.join(map(str, arguments))}",
             )
     elif origin is Annotated:

@@ -193,7 +193,7 @@ def _record(cls: type, value: object, place: str) -> Any:
     others = {name: entry for name, entry in value.items() if name not in known}
     rest = _rest(cls)
     if others and rest is None:
-        raise ValueError(f"{prefix}{min(others)} is unknown")
+        raise ValueError(f"{prefix}{min(others)} is not a known field")
     given = {}
     for name, (attribute, hint, required) in known.items():
         if name in value:

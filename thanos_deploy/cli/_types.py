@@ -43,7 +43,7 @@ class CountsType(click.ParamType[tuple[int, ...]]):
             return value  # type: ignore[no-any-return]  # click may hand over a converted value
         numbers = value.split(",")
         if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-            self.fail(f"{value!r} is not a list of numbers from 1 on, like 1,8", param, ctx)
+            self.fail(f"{value!r} is not a list of positive integers such as 1,8", param, ctx)
         return tuple(map(int, numbers))
 
 

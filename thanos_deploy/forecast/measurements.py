@@ -48,8 +48,8 @@ def read_measurements(path: Path, gpu: Datasheet, dtype: str) -> tuple[Measureme
     if not found or min(positive) <= 0:
         there = sorted({f"{name} in {one.dtype}" for name, one in products})
         raise InputError(
-            f"{path}: no product with positive sizes and times of {gpu.name} in {dtype}; it has "
-            f"those of {', '.join(there) or 'nothing'}",
+            f"{path}: no product with positive sizes and times of {gpu.name} in {dtype}; the file "
+            f"has products of {', '.join(there) or 'no GPU'}",
             fix="give the --gpu and --dtype that were measured, or leave --measured out",
         )
     return found

@@ -221,8 +221,9 @@ def _of_preset(
         device_bytes=held.device_bytes,
         host_bytes=held.host_bytes,
         fits=held.device_bytes <= gpu.memory,
-        basis=f"measured on one {gpu.product}: {sizes}. The fit to these {len(measured)} layers is "
-        f"{furthest:.0%} off at most; that of other sizes, and everything else, is computed",
+        basis=f"measured on one {gpu.product}: {sizes}. The fit is at most "
+        f"{furthest:.0%} off for these {len(measured)} layers; times of other sizes and of "
+        "everything else are computed",
     )
 
 

@@ -134,7 +134,7 @@ def read(path: Path) -> Records:
     except (OSError, ValueError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise _unreadable(path, "there are no rows in it")
+        raise _unreadable(path, "it has no list of rows")
     if document.get("format") != FORMAT:
         raise InputError(
             f"{path}: GPU records of format {document.get('format')!r}; this version reads format "

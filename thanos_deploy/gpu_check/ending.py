@@ -69,7 +69,7 @@ def _summed(rows: Sequence[Row]) -> Ending:
             if isinstance(first, CheckRow)
             else "report this with the name of the GPU and the versions of the packages"
         )
-        return Ending("FAIL", f"{len(failed)} of {len(rows)} failed; first {what}", fix)
+        return Ending("FAIL", f"{len(failed)} of {len(rows)} checks failed; the first: {what}", fix)
     if not measured:
         return Ending("SKIP", _reason(rows))
     skipped = len(rows) - len(measured)

@@ -115,7 +115,9 @@ def choose(
         if (not only or step.always or _names(step) & {*only}) and not _names(step) & {*skip}
     ]
     if all(step.always for step in chosen):
-        raise UsageError("no step is left", fix="skip fewer steps")
+        raise UsageError(
+            "--only and --skip leave no step to run", fix="choose more steps, or skip fewer"
+        )
     return chosen
 
 
@@ -177,7 +179,7 @@ def run(
             row = StepRow(
                 step.name,
                 "SKIP",
-                f"left out: it takes {step.seconds:g} s, and {max(left, 0):.0f} s were left",
+                f"skipped: it usually takes {step.seconds:g} s, and {max(left, 0):.0f} s were left",
                 "give more --seconds, or --only this step",
             )
         else:

@@ -22,7 +22,9 @@ def check(name: str) -> None:
         UsageError: the name is none of these.
     """
     if not _SPELLING.fullmatch(name):
-        raise UsageError(f"--device {name!r}", fix="use auto, cpu, cuda or cuda:N such as cuda:0")
+        raise UsageError(
+            f"--device {name!r} is not a device", fix="use auto, cpu, cuda or cuda:N such as cuda:0"
+        )
 
 
 def choose(name: str) -> torch.device:

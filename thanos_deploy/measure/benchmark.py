@@ -272,7 +272,8 @@ def _drifts(scenarios: Sequence[ScenarioTimes], baseline: str, rounds: int) -> l
 def _differences(scenarios: Sequence[ScenarioTimes]) -> list[str]:
     """Messages about the ratios of an A/A run whose interval does not contain 1."""
     return [
-        f"{scenario.name}: {metric} of {label} is {_shown(ratio)} of the same model's"
+        f"{scenario.name}: {metric} of {label} is {_shown(ratio)} times that of the same "
+        "model, and the interval should contain 1"
         for scenario in scenarios
         for label, times in scenario.results.items()
         for metric, ratio in times.ratio.items()

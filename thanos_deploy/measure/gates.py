@@ -128,8 +128,7 @@ class JudgedRun(Run):
         if not self.passed:
             raise GateError(
                 "a gate was missed: " + "; ".join(map(str, self.gates)),
-                fix="see above for what was measured; a run that is INVALID can be repeated with "
-                "--overwrite",
+                fix="the measured values are above; repeat a run that is INVALID with --overwrite",
             )
         return self
 

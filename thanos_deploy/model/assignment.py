@@ -120,7 +120,7 @@ def assign(
                     fix="name the layer in one entry only, or give both entries the same pattern",
                 )
             if its is not None and (name in ignored or name not in included):
-                option = "--ignore names it" if name in ignored else "--include does not"
+                option = "--ignore names it" if name in ignored else "--include does not name it"
                 raise UsageError(
                     f"{file.name}: the entry {selector!r} makes {name} {its}, but {option}",
                     fix="name the layer in the file or in the option, not in both",

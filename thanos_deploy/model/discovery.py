@@ -198,7 +198,7 @@ def _given(kind: str, seen: _Seen, blocks: nn.Module) -> int:
     elif len(gives) > 1 or not all(isinstance(one, Tensor) for one in left):
         reason = "its blocks do not return hidden states"
     elif any(one is not two for one, two in zip(left[:-1], seen.entered[1:], strict=True)):
-        reason = "it computes something between two blocks"
+        reason = "the input of a block is not the output of the block before it"
     if reason:
         raise ModelError(
             f"model type {kind!r} is not supported: there is no row for it, and {reason}", fix=_FIX

@@ -198,7 +198,11 @@ class TensorFile:
         while view:
             count = os.preadv(self._descriptor, [view], offset)
             if not count:
-                raise OSError(errno.EIO, "ends before its last tensor", str(self.path))
+                raise OSError(
+                    errno.EIO,
+                    f"ends before the data of {name}",
+                    str(self.path),
+                )
             view, offset = view[count:], offset + count
         return tensor
 

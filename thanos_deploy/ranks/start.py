@@ -198,12 +198,12 @@ def same_everywhere(values: Mapping[str, Any]) -> None:
     for rank, other in enumerate(others, start=1):
         if other != first:
             differences = [
-                f"{name} is {first.get(name)} there and {other.get(name)} here"
+                f"{name} is {first.get(name)} and {other.get(name)}"
                 for name in sorted(first.keys() | other.keys())
                 if first.get(name) != other.get(name)
             ]
             raise UsageError(
-                f"rank 0 (there) and rank {rank} (here) differ: {'; '.join(differences)}",
+                f"rank 0 and rank {rank} differ: {'; '.join(differences)}",
                 fix="start all ranks with the same options, the same model and text, and the same "
                 "versions, on machines of one kind",
             )

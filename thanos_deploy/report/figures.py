@@ -28,7 +28,7 @@ _METRICS = {
 
 _MEMORY = {
     "load_peak_bytes": "memory while loading",
-    "steady_bytes": "memory when loaded",
+    "steady_bytes": "memory after the run",
     "peak_bytes": "peak memory",
     "gpu_peak_bytes": "GPU memory",
 }

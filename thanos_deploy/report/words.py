@@ -84,14 +84,15 @@ def comparison(models: Sequence[ModelReport], plots: Sequence[Plot]) -> str:
     said = [
         f"Worth its loss of quality, because no better model is as cheap: {'; '.join(clauses)}."
         if clauses
-        else "No pruned model is worth its loss of quality: for each a better one is as cheap."
+        else "No pruned model is worth its loss of quality: for each there is a better model that "
+        "is no more expensive."
     ]
     if clauses and lost:
-        said.append(f"For {_and(lost)} a better one is always as cheap.")
+        said.append(f"For {_and(lost)} there is always a better model that is no more expensive.")
     if left := [model.label for model in models if model.label not in shown]:
         said.append(f"Not comparable, because the quality or all costs are missing: {_and(left)}.")
     if not all(point.valid for point in points):
-        said.append("Some times are from runs that do not count.")
+        said.append("Some times are from runs that are not VALID.")
     return " ".join(said)
 
 

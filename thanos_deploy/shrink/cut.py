@@ -159,11 +159,11 @@ def shrink(
             width, steps = plan.widths[visit.index], NO_TUNING if same else tuning
             report = cut(visit, checkpoint, width, fit, steps)
         logger.info(
-            "block %d: %d heads, %d channels; errors %.4f and %.4f",
+            "block %d: %d heads (relative error %.4f), %d channels (%.4f)",
             visit.index,
             report.after.heads,
-            report.after.channels,
             report.heads_error,
+            report.after.channels,
             report.channels_error,
         )
         return report

@@ -146,9 +146,10 @@ class Cut:
         """
         if preset not in PRESETS:
             raise UsageError(
-                f"--preset {preset} with {pattern}: the paper sets columns to zero and cuts "
-                "nothing out",
-                fix=f"use one of {', '.join(PRESETS)}, or --keep-shape for columns of zeros",
+                f"--preset {preset} is not available with {pattern}, which cuts heads and channels "
+                "out",
+                fix=f"use one of {', '.join(PRESETS)}; the papers set columns to zero instead, "
+                "which --keep-shape does",
             )
         sizing = Sizing(**chosen(Sizing, given), allocation=allocation)
         tuning = replace(PRESETS[preset].tuning, **chosen(Tuning, given))

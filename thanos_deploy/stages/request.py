@@ -141,7 +141,8 @@ class PruneRequest(Options):
         """
         if allocation not in (None, *ALLOCATIONS):
             raise UsageError(
-                f"--allocation {allocation!r}", fix=f"use one of {', '.join(ALLOCATIONS)}"
+                f"--allocation {allocation!r} is not one of the possible values",
+                fix=f"use one of {', '.join(ALLOCATIONS)}",
             )
         others = {name: given[name] for name in given.keys() - keywords(cls, Data)}
         kind = f"{pattern}{' and --keep-shape' if keep_shape else ''}"

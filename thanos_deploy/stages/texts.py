@@ -79,7 +79,9 @@ def _template(source: Checkpoint | None) -> Iterator[Template | None]:
         @cache  # started at the first conversation; most texts have none
         def rendering() -> Rendering:
             with boundary(
-                ModelError, f"{source.folder}: its chat template is not readable", fix="mend it"
+                ModelError,
+                f"{source.folder}: its chat template is not readable",
+                fix="correct the template, or restore it from the model's origin",
             ):
                 named = tokenizer.special_tokens_map.items()
                 tokens = {name: token for name, token in named if isinstance(token, str)}
@@ -221,7 +223,7 @@ def segments_for(
     least = max(2, len(frame) + 1)
     if not least <= length <= source.max_positions or count < 1:
         raise UsageError(
-            f"{count} segments of {length} tokens; the model takes {least} to "
+            f"cannot cut {count} segments of {length} tokens: the model takes {least} to "
             f"{source.max_positions} tokens at once",
             fix="use at least one segment, of a length that the model takes",
         )

@@ -204,4 +204,4 @@ def test_an_input_may_come_once(server: Running) -> None:
     twice = json.dumps({"inputs": json.loads(body())["inputs"] * 2}).encode()
     with server.http(headers=JSON) as http:
         answer = http.post("/v2/models/tiny/infer", content=twice)
-    assert "two inputs of the same name" in answer.json()["error"]
+    assert "two inputs have the same name" in answer.json()["error"]

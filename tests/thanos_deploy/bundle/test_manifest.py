@@ -241,7 +241,8 @@ def test_a_result_that_does_not_fit_is_refused_with_its_place(tmp_path: Path) ->
     with manifest.claim(tmp_path, SOURCE) as bundle:
         run(bundle)
         bundle.run("cut", write("x"), options={"depth": 1}, inputs={})
-    with pytest.raises(InputError, match=r"manifest\.json: result of stage 'cut': length is unk"):
+    place = r"manifest\.json: result of stage 'cut': length is not a known field"
+    with pytest.raises(InputError, match=place):
         Bundle.open(tmp_path).result(CUT)
 
 

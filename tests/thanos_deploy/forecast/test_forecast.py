@@ -316,7 +316,7 @@ def test_records_of_a_gpu_are_read_where_they_count(tmp_path: Path) -> None:
     (known,) = read_measurements(path, find("H100"), "bf16")
     assert known == Measurement(m=1, n=14336, k=4096, dense=4e-5, sparse=2.5e-5)
     for gpu, dtype in (("H100", "fp16"), ("A100", "bf16")):
-        with pytest.raises(InputError, match="has those of NVIDIA H100 80GB HBM3 in bf16"):
+        with pytest.raises(InputError, match="has products of NVIDIA H100 80GB HBM3 in bf16"):
             read_measurements(path, find(gpu), dtype)
     busy = StepRow("gemm", "PASS", "", other_processes=("process 7, 4.0 GB",))
     for rows, why in (

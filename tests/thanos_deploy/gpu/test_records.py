@@ -142,12 +142,12 @@ def test_what_speaks_against_the_times_is_said() -> None:
     ("text", "message"),
     [
         ("", "JSONDecodeError"),
-        ("[]", "no rows"),
-        ('{"format": 1}', "no rows"),
+        ("[]", "no list of rows"),
+        ('{"format": 1}', "no list of rows"),
         ('{"format": 2, "rows": []}', "format 2; this version reads format 1"),
         ('{"format": 1, "rows": [3]}', "row 1: .*known kind: 3"),
         ('{"format": 1, "rows": [{"kind": "spam"}]}', "known kind"),
-        ('{"format": 1, "rows": [{"kind": "hessian", "spam": 1}]}', "spam is unknown"),
+        ('{"format": 1, "rows": [{"kind": "hessian", "spam": 1}]}', "spam is not a known field"),
         ('{"format": 1, "rows": [{"kind": "hessian", "inputs": 1}]}', "tokens is missing"),
         (
             '{"format": 1, "rows": [{"kind": "hessian", "inputs": "x", "tokens": 1}]}',

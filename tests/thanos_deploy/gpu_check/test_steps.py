@@ -124,7 +124,8 @@ def test_whatever_becomes_of_a_step_its_rows_are_kept_and_the_next_one_runs(
         "h": ("FAIL", "the process of this step ended with exit code 9; 1 rows are kept"),
         "i": (
             "FAIL",
-            "1 of 3 failed; first triton, fp16, 4 x 8, 1 tokens: error 5.0e-01, limit 1.0e-03",
+            "1 of 3 checks failed; the first: triton, fp16, 4 x 8, 1 tokens: error 5.0e-01, "
+            "limit 1.0e-03",
         ),
         "j": ("SKIP", "compute capability 8.x only"),
     }
@@ -173,7 +174,7 @@ def test_what_does_not_fit_or_lacks_something_is_named(tmp_path: Path) -> None:
         ("other", "SKIP"),
         ("short", "PASS"),
     ]
-    assert re.fullmatch(r"left out: it takes 500 s, and \d+ s were left", ends[0].detail)
+    assert re.fullmatch(r"skipped: it usually takes 500 s, and \d+ s were left", ends[0].detail)
     assert (ends[1].detail, ends[1].fix) == ("no bundle", "give --bundle")
 
 
@@ -250,10 +251,10 @@ def test_steps_are_chosen_by_name_or_family() -> None:
     with pytest.raises(UsageError, match=r"no step 'spam'") as caught:
         chosen(only=("spam",))
     assert "gemm, gemm:x" in caught.value.fix or "gemm:x, gemm" in caught.value.fix
-    with pytest.raises(UsageError, match="no step is left"):
+    with pytest.raises(UsageError, match="leave no step to run"):
         chosen(skip=("a", "gemm"))
     every.insert(0, Step("card", 1, two_rows, always=True))
     assert chosen(only=("a",)) == ["card", "a"]
     assert chosen(only=("a",), skip=("card",)) == ["a"]
-    with pytest.raises(UsageError, match="no step is left"):
+    with pytest.raises(UsageError, match="leave no step to run"):
         chosen(skip=("a", "gemm"))

@@ -60,7 +60,7 @@ def test_a_file_gives_layers_patterns_of_their_own(tmp_path: Path) -> None:
         ('{"a": "2:5x"}', "'a': pattern '2:5x' is not understood"),
         ('{"a": 0.5}', "'a': pattern '0.5' is not understood"),
         ('{"a": {"b": "2:4"}}', "'a': pattern"),
-        ('{"a": "unstructured:1.5"}', "'a': pattern unstructured:1.5 asks"),
+        ('{"a": "unstructured:1.5"}', "'a': pattern unstructured:1.5: the fraction is not"),
     ],
 )
 def test_a_file_that_says_nothing_is_bad_input_and_the_place_is_named(
@@ -96,7 +96,7 @@ def test_a_file_that_is_missing_is_bad_input(tmp_path: Path) -> None:
             "makes it dense",
         ),
         (f'{{"{UP}": "4:8"}}', (), ("re:.*up_proj",), "makes ... 4:8, but --ignore names it"),
-        (f'{{"{UP}": "4:8"}}', (DOWN,), (), "makes ... 4:8, but --include does not"),
+        (f'{{"{UP}": "4:8"}}', (DOWN,), (), "makes ... 4:8, but --include does not name it"),
     ],
 )
 def test_what_contradicts_itself_or_names_no_layer_is_refused(
