@@ -265,7 +265,7 @@ def test_a_graph_for_the_cpu_is_refused_by_other_providers(
     exported_ort: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.engines.onnxruntime.driver.require", lambda: None)
-    with pytest.raises(UsageError, match="operators of ONNX Runtime's CPU provider") as caught:
+    with pytest.raises(UsageError, match="exported for ONNX Runtime's CPU provider") as caught:
         open_engine(exported_ort("llama"), provider="cuda")
     assert "--graph neutral --overwrite" in str(caught.value.fix)
 
