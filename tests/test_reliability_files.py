@@ -122,7 +122,7 @@ def test_of_each_kind_as_many_files_are_damaged(
     setting = Setting(lambda: tmp_path, tmp_path, 60.0, 0, done)
     found = [one.figures[-1] for one in mutations.run(setting)]
     assert {figure.least for figure in found} == {3 * mutations.BATCH}
-    names = [figure.name.removeprefix("of these: ") for figure in found]
+    names = [figure.name.removeprefix("damaged files: ") for figure in found]
     assert names == ["slow", "slow", "slow", "quick"]
 
 
