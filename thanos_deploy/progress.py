@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-# Called with the number of steps done and the total number of steps; the first call has 0 done.
+# Called with the number of steps done and the total number of steps. In the first call, the steps
+# done are 0, or those of an interrupted run that is continued.
 OnProgress = Callable[[int, int], None]
 
 
