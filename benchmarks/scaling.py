@@ -133,7 +133,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from thanos_deploy.cli import _progress
     from thanos_deploy.pruning.recipe import Recipe
     from thanos_deploy.pruning.result import PrunedBlock
-    from thanos_deploy.ranks.start import together
+    from thanos_deploy.ranks.start import connected
     from thanos_deploy.stages.checkpoints import prune_checkpoint
     from thanos_deploy.stages.request import PruneRequest
     from thanos_deploy.stages.texts import calibration
@@ -166,13 +166,13 @@ def _work(arguments: argparse.Namespace) -> None:
     assert isinstance(how, Recipe)
     taken = calibration(checkpoint, request.data, how.tuning.further(request.data.nsamples))
     model = arguments.worker / "model"
-    with together() as ranks, measured(WHOLE):
-        if ranks.first:
+    with connected() as ranks, measured(WHOLE):
+        if ranks.is_first:
             model.mkdir()
         prune_checkpoint(
             checkpoint,
             taken.ids,
-            model if ranks.first else None,
+            model if ranks.is_first else None,
             how,
             further=taken.further,
             journal=Journal(arguments.worker / "journal", {}, PrunedBlock),

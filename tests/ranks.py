@@ -13,7 +13,7 @@ import torch
 from tests.commands import FORKS
 from thanos_deploy import cli
 from thanos_deploy.pruning import own_text, quantise, training_journal
-from thanos_deploy.ranks import shards, spread
+from thanos_deploy.ranks import schedule, shards
 from thanos_deploy.solver import triangular
 
 
@@ -85,7 +85,7 @@ def write_text(path: Path) -> Path:
 def make_small() -> None:
     """Split small work into several parts, as large work is split, and compute on one thread."""
     shards.TOKENS_PER_BATCH = 128
-    spread._CUT["cpu"], quantise._ROWS = (16, 16), 16
+    schedule._CUT["cpu"], quantise._ROWS = (16, 16), 16
     triangular._SMALL, triangular._PART = 8, 4
     own_text._BATCH = 2
     training_journal._EVERY_SECONDS, training_journal._EVERY_WRITES = 0.0, 0

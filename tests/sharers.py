@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from thanos_deploy.ranks.spread import even
+from thanos_deploy.ranks.schedule import even
 from thanos_deploy.solver.division import Division
 
 T = TypeVar("T")

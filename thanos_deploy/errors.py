@@ -105,7 +105,7 @@ class IntegrityError(DeployError):
     exit_code = 7
 
 
-def of_system(error: Exception) -> DeployError | None:
+def translate_system_error(error: Exception) -> DeployError | None:
     """Translate an exception of the operating system or of PyTorch into an error with a fix.
 
     Returns:
@@ -156,7 +156,7 @@ def boundary(kind: type[DeployError], what: str, *, fix: str) -> Iterator[None]:
 
     Args:
         kind: type of the error to raise instead. Errors of this project, and those of the system
-            that `of_system` recognises, pass unchanged.
+            that `translate_system_error` recognises, pass unchanged.
         what: what did not work, and where.
         fix: what to do next, as an instruction.
 
@@ -166,7 +166,7 @@ def boundary(kind: type[DeployError], what: str, *, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, DeployError) or of_system(error) is not None:
+        if isinstance(error, DeployError) or translate_system_error(error) is not None:
             raise
         raise kind(f"{what} ({summary(error)})", fix=fix) from error
 

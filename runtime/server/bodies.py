@@ -140,7 +140,7 @@ class Generation(Formed):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
-    def _the_least_is_no_more_than_the_most(self) -> Self:
+    def _require_min_tokens_to_fit(self) -> Self:
         if self.min_tokens and self.new_tokens is not None and self.min_tokens > self.new_tokens:
             raise ValueError("min_tokens is larger than the largest number of tokens of the answer")
         return self
@@ -215,13 +215,13 @@ class CompletionRequest(Generation):
 
     @field_validator("best_of")
     @classmethod
-    def _all_that_are_written_are_given(cls, given: int | None, info: ValidationInfo) -> int | None:
+    def _require_best_of_n(cls, given: int | None, info: ValidationInfo) -> int | None:
         if given not in (None, 1, info.data.get("n")):
             raise ValueError("best_of has to be 1 or equal to n")
         return given
 
     @model_validator(mode="after")
-    def _an_answer_has_something(self) -> Self:
+    def _require_tokens_or_echo(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 needs echo: true")
         return self

@@ -2,8 +2,8 @@
 
 Closing a listening socket resets the connections that the kernel has established and nobody has
 accepted yet. A client that has begun to connect by then must be answered, and a later one must be
-refused, so that a proxy tries another server. So a shutdown calls `begin_no_more` first, then
-accepts the connections of `waiting`, and only then closes the socket.
+refused, so that a proxy tries another server. So a shutdown first calls `drop_new_connections`,
+then accepts the connections of `waiting`, and only then closes the socket.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def begin_no_more(listener: socket.socket) -> None:
+def drop_new_connections(listener: socket.socket) -> None:
     """Ignore new requests for a connection, and complete the connections that have begun.
 
     A client's kernel repeats its request after a second, and is refused if the socket is closed by

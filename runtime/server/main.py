@@ -178,7 +178,7 @@ class Server(uvicorn.Server):
         """See `uvicorn.Server.shutdown`."""
         if self._service.renderer is not None:
             self._service.renderer.hurry()
-        listening.begin_no_more(self._listener)
+        listening.drop_new_connections(self._listener)
         await asyncio.sleep(_HANDSHAKE_SECONDS)
         # No await between this and the end of listening, which resets connections not accepted.
         accepting = [

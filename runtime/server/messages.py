@@ -71,7 +71,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _what_asks_for_nothing_is_left_out(cls, given: object) -> object:
+    def _drop_neutral_fields(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
         known = {field.alias or name for name, field in cls.model_fields.items()}

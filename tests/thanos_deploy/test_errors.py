@@ -12,7 +12,7 @@ from thanos_deploy.errors import (
     PlatformError,
     ResourceError,
     boundary,
-    of_system,
+    translate_system_error,
 )
 
 
@@ -58,12 +58,12 @@ def test_what_may_not_be_read_is_told_apart_from_what_may_not_be_written(
 ) -> None:
     place = tmp_path / inner
     error = PermissionError(errno.EACCES, "Permission denied", str(place))
-    written = of_system(error)
+    written = translate_system_error(error)
     assert isinstance(written, PlatformError)
     assert "-o" in written.fix
     # As for a user who is not root.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    read = of_system(error)
+    read = translate_system_error(error)
     assert isinstance(read, PlatformError)
     assert f"{place}: the current user is not allowed to read this file" in read.message
     assert "chmod" in read.fix

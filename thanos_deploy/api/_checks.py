@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Unpack, get_args, get_origin
 
-from thanos_deploy.errors import UsageError, of_system
+from thanos_deploy.errors import UsageError, translate_system_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,7 +84,7 @@ def translated() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if known := of_system(error):
+        if known := translate_system_error(error):
             raise known from error
         raise
 

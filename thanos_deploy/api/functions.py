@@ -80,15 +80,15 @@ def prune(
         ResourceError: there is not enough memory or disk space.
     """
     from thanos_deploy.bundle import manifest
-    from thanos_deploy.ranks.start import together
+    from thanos_deploy.ranks.start import connected
     from thanos_deploy.stages.dense import Dense
     from thanos_deploy.stages.prune import follow, prune
 
     request = _requests.prune_request(pattern, options)
     told = _requests.announce(progress)
-    with together() as ranks:
+    with connected() as ranks:
         dense = Dense(_requests.model(model), revision=revision)
-        if ranks.first:
+        if ranks.is_first:
             with manifest.claim(Path(out), dense.source, overwrite=overwrite) as bundle:
                 prune(bundle, dense, request, overwrite=overwrite, announce=told)
         else:

@@ -43,7 +43,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def glanced(path: Path) -> Json:
+def peek_json(path: Path) -> Json:
     """Return the JSON object in an untrusted file, to find out what kind of data it describes.
 
     Empty if the file is unreadable or contains something else. No error is raised here, because the

@@ -56,7 +56,7 @@ class Walk:
     @property
     def own(self) -> list[int]:
         """Numbers of this rank's batches."""
-        return [n for n, batch in enumerate(self.batches) if current().has(batch.shard)]
+        return [n for n, batch in enumerate(self.batches) if current().owns(batch.shard)]
 
     @property
     def done(self) -> bool:

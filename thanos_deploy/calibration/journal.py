@@ -91,13 +91,13 @@ class Journal(Generic[R]):
             InputError: an entry of the journal names a file outside its folder.
         """
         self.folder, self._report, self._ranks = folder, report, current()
-        self._beside = self._ranks.beside()
+        self._beside = self._ranks.with_own_group()
         self._thread = Background(None)
         # Files are flushed and hashed in parallel, because the inputs of a block are gigabytes.
         self._at_a_time = torch.get_num_threads()
         self._pending: Future[None] | None = None
-        opened = _Entries(tuple(self._opened(owner)) if self._ranks.first else ())
-        shared = self._ranks.share(opened)
+        opened = _Entries(tuple(self._opened(owner)) if self._ranks.is_first else ())
+        shared = self._ranks.from_first(opened)
         self.reports = [decode(report, entry.report) for entry in shared.entries]
 
     def _opened(self, owner: Json) -> list[_Entry]:
@@ -178,10 +178,10 @@ class Journal(Generic[R]):
             for record_ in pool.map(_record, inputs):
                 own |= record_
         every = self._beside.merge(own, FileRecord)
-        if self._ranks.first:
+        if self._ranks.is_first:
             entry = encode(_Entry(written, dict(sorted(every.items())), report))
             journal_folder.seal(self._entry(index), entry)
-        self._beside.wait()
+        self._beside.barrier()
 
     def _intact_entries(self) -> Iterator[_Entry]:
         """Yield the entries from the first on, as far as they and their parameters are intact."""

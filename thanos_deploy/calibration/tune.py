@@ -31,7 +31,7 @@ from thanos_deploy.calibration.collect import Walk, advance
 from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.model.linear import matrix, turned
 from thanos_deploy.ranks.group import current
-from thanos_deploy.ranks.spread import even
+from thanos_deploy.ranks.schedule import even
 from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
 # Tokens of one step; a step uses at least one segment.
@@ -303,7 +303,7 @@ def _handed_over(
         else:
             continue
         for tensor in data:
-            ranks.hand_over(tensor.contiguous(), holder, reader)
+            ranks.send(tensor.contiguous(), holder, reader)
         if ranks.rank == reader:
             mine = data
     return mine

@@ -269,7 +269,7 @@ def _enter(
         shape = (one.stop - one.first, length, int(checkpoint.config.hidden_size))
         for way in ways:
             kinds[f"{way}.{number}"] = (dtype, shape)
-            if current().has(one.shard):
+            if current().owns(one.shard):
                 shards[f"{way}.{number}"] = one.shard
     held_on = holder(hold, device, 2 * _bytes(kinds[name] for name in shards))
     activations = Activations(
@@ -297,7 +297,7 @@ def _enter(
                 counted=one.counted,
                 products=None if one.counted else tuned_in,
             )
-            if index == 0 and current().has(one.shard):
+            if index == 0 and current().owns(one.shard):
                 batch.leave(data.hidden)
             walks[way].append(batch)
     if index == 0:

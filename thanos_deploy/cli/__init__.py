@@ -20,7 +20,7 @@ import click
 
 from thanos_deploy import __version__
 from thanos_deploy.cli import _progress
-from thanos_deploy.errors import DeployError, of_system
+from thanos_deploy.errors import DeployError, translate_system_error
 
 INTERRUPTED = 130
 
@@ -106,7 +106,7 @@ def _run() -> int:
         _progress.show_error("interrupted; repeat the command to continue where it stopped")
         return INTERRUPTED
     except Exception as error:
-        if known := of_system(error):
+        if known := translate_system_error(error):
             return _fail(known)
         traceback.print_exc()
         _progress.show_error("this is a bug in thanos-deploy; please report the lines above")

@@ -18,7 +18,7 @@ import click
 from thanos_deploy.bundle.codec import encode
 from thanos_deploy.calibration.data import Data
 from thanos_deploy.cli import _progress
-from thanos_deploy.cli._processes import speaks, spread_over
+from thanos_deploy.cli._processes import may_print, run_in_processes
 from thanos_deploy.cli._types import CountsType, F, several, with_default
 from thanos_deploy.stages.request import PruneRequest
 
@@ -166,16 +166,16 @@ def session(options: dict[str, Any]) -> "Iterator[Announce]":
     """Set up offline mode, processes, logging and progress for the work of a command."""
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
-    spread_over(options.get("processes"))
+    run_in_processes(options.get("processes"))
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     level = logging.INFO if options["verbose"] else logging.WARNING
-    logging.getLogger("thanos_deploy").setLevel(level if speaks() else logging.ERROR)
+    logging.getLogger("thanos_deploy").setLevel(level if may_print() else logging.ERROR)
     _progress.quiet_libraries()
-    with _progress.announcer(quiet=options["quiet"] or not speaks()) as announce:
+    with _progress.announcer(quiet=options["quiet"] or not may_print()) as announce:
         yield announce
 
 
-def told(announce: "Announce") -> "Progress":
+def progress_callback(announce: "Announce") -> "Progress":
     """Return a progress callback for the Python API that shows progress through `announce`."""
     under_way: dict[str, OnProgress] = {}
 

@@ -16,7 +16,7 @@ processes_option = click.option(
 )
 
 
-def spread_over(processes: int | None) -> None:
+def run_in_processes(processes: int | None) -> None:
     """Run this command in several processes, unless this process is already one of them.
 
     Args:
@@ -45,8 +45,8 @@ def spread_over(processes: int | None) -> None:
         raise click.exceptions.Exit(launch(sys.argv[1:], processes, torch.get_num_threads()))
 
 
-def speaks() -> bool:
+def may_print() -> bool:
     """Whether this process may print: it is the only one, or the first of several."""
-    from thanos_deploy.ranks.start import follows
+    from thanos_deploy.ranks.start import is_follower
 
-    return not follows()
+    return not is_follower()

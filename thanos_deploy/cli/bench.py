@@ -12,8 +12,8 @@ from thanos_deploy.cli._options import (
     common_options,
     emit,
     given,
+    progress_callback,
     session,
-    told,
 )
 from thanos_deploy.cli._types import several
 
@@ -124,6 +124,8 @@ def command(out: Path, **options: Any) -> None:
     with session(options) as announce:
         from thanos_deploy.cli._tables import show_bench
 
-        run = td.Bundle(out).bench(**given(options), check=False, progress=told(announce))
+        run = td.Bundle(out).bench(
+            **given(options), check=False, progress=progress_callback(announce)
+        )
     emit(options, run, show_bench)
     run.require()

@@ -13,10 +13,10 @@ from thanos_deploy.cli._options import (
     emit,
     evaluation_options,
     given,
+    progress_callback,
     revision_option,
     session,
     text_field_option,
-    told,
 )
 from thanos_deploy.cli._types import several
 
@@ -85,7 +85,7 @@ def command(
     with session(options) as announce, hushed:
         from thanos_deploy.cli._tables import show_quality
 
-        asked: dict[str, Any] = {**given(options), "progress": told(announce)}
+        asked: dict[str, Any] = {**given(options), "progress": progress_callback(announce)}
         if tasks is not None:
             asked["tasks"] = tasks.split(",")
         result: TextQuality | TaskQuality | Compared[TextQuality] | Compared[TaskQuality]

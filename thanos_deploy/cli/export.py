@@ -13,9 +13,9 @@ from thanos_deploy.cli._options import (
     common_options,
     emit,
     given,
+    progress_callback,
     revision_option,
     session,
-    told,
 )
 from thanos_deploy.cli._targets import summaries, target_options
 
@@ -58,7 +58,11 @@ def command(
                     fix="give no other options than --target, --to and --revision",
                 )
             written = td.export(
-                os.fspath(model), target, to=to, revision=revision, progress=told(announce)
+                os.fspath(model),
+                target,
+                to=to,
+                revision=revision,
+                progress=progress_callback(announce),
             )
             emit(options, encode(written), show_values)
             return
@@ -67,7 +71,7 @@ def command(
                 "--revision without --to: the model of a bundle is not read from the hub",
                 fix="leave --revision out",
             )
-        exported = td.Bundle(model).export(target, **asked, progress=told(announce))
+        exported = td.Bundle(model).export(target, **asked, progress=progress_callback(announce))
     show = targets.get(target).show
     if show is None:
         emit(options, encode(exported.result), show_values)

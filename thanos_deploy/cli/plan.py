@@ -10,10 +10,10 @@ from thanos_deploy.cli._options import (
     emit,
     given,
     model_argument,
+    progress_callback,
     revision_option,
     session,
     session_options,
-    told,
 )
 from thanos_deploy.cli._types import PatternType
 from thanos_deploy.forecast import datasheets
@@ -128,5 +128,5 @@ def command(model: str, layers: bool, **options: Any) -> None:
     with session(options) as announce:
         from thanos_deploy.cli._forecast import show_forecast
 
-        found = td.plan(model, **given(options), progress=told(announce))
+        found = td.plan(model, **given(options), progress=progress_callback(announce))
     emit(options, found, lambda value: show_forecast(value, layers=layers))

@@ -12,11 +12,11 @@ from thanos_deploy.cli._options import (
     given,
     model_argument,
     out_option,
+    progress_callback,
     revision_option,
     session,
-    told,
 )
-from thanos_deploy.cli._processes import processes_option, speaks
+from thanos_deploy.cli._processes import may_print, processes_option
 from thanos_deploy.cli._pruning import pruning_options
 
 
@@ -38,10 +38,10 @@ def command(model: str, dry_run: bool, overwrite: bool, **options: Any) -> None:
     with session(options) as announce:
         from thanos_deploy.cli._pruning_tables import show_plan, show_pruned
 
-        asked: dict[str, Any] = {**given(options), "progress": told(announce)}
+        asked: dict[str, Any] = {**given(options), "progress": progress_callback(announce)}
         if dry_run:
             emit(options, td.dry_run_prune(model, **asked), show_plan)
             return
         bundle = td.prune(model, overwrite=overwrite, **asked)
-    if speaks():
+    if may_print():
         emit(options, bundle.pruned, show_pruned)

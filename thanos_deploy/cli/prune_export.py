@@ -16,11 +16,11 @@ from thanos_deploy.cli._options import (
     given,
     model_argument,
     out_option,
+    progress_callback,
     revision_option,
     session,
-    told,
 )
-from thanos_deploy.cli._processes import processes_option, speaks
+from thanos_deploy.cli._processes import may_print, processes_option
 from thanos_deploy.cli._pruning import pruning_options
 from thanos_deploy.cli._targets import target_options
 
@@ -58,12 +58,16 @@ def command(model: str, target: str, dry_run: bool, **options: Any) -> None:
                     _progress.show_note(
                         f"{check.name}: {check.detail}; all stages before the engine are still run"
                     )
-        asked: dict[str, Any] = {**given(options), "target": target, "progress": told(announce)}
+        asked: dict[str, Any] = {
+            **given(options),
+            "target": target,
+            "progress": progress_callback(announce),
+        }
         if dry_run:
             emit(options, td.dry_run_prune_export(model, **asked), show_plan)
             return
         bundle = td.prune_export(model, **asked)
-        if not speaks():
+        if not may_print():
             return
         report = loads((bundle.path / layout.REPORT_RECORD).read_bytes())
     emit(options, decode(Report, report), show_report)

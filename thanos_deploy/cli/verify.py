@@ -10,8 +10,8 @@ from thanos_deploy.cli._options import (
     bundle_argument,
     common_options,
     emit,
+    progress_callback,
     session,
-    told,
 )
 
 
@@ -54,7 +54,7 @@ def command(out: Path, require_sparse: float | None, layers: bool, **options: An
         from thanos_deploy.cli._tables import show_checks, show_layers
 
         found = td.Bundle(out).verify(
-            require_sparse=require_sparse, check=False, progress=told(announce)
+            require_sparse=require_sparse, check=False, progress=progress_callback(announce)
         )
     emit(options, found, lambda value: show_checks(value.checks))
     if layers and not options["as_json"]:

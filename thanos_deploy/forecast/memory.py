@@ -171,7 +171,7 @@ def of_pruning(
         held.append(Term(DENSE, forward.itemsize * weights))
     if tries:
         held.append(Term("layers before and after a trial", 2 * own.itemsize * weights))
-    if background.has_time(device):
+    if background.host_is_idle(device):
         held.append(Term("the next block, read ahead", own.itemsize * weights))
     if walk.true_sequential and can_wait(checkpoint, segments, ways, forward):
         waiting = waiting_bytes(checkpoint, segments, ways, forward)
@@ -278,7 +278,7 @@ def of_cutting(
     held = [Term("the block", _FLOAT * weights)]
     if ways > 1:
         held.append(Term(DENSE, _FLOAT * weights))
-    if background.has_time(device):
+    if background.host_is_idle(device):
         held.append(Term("the next block, read ahead", _FLOAT * weights))
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     read = sum(shapes[block.prefix + group[0]][1] for group in block.groups)

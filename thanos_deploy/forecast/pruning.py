@@ -2,7 +2,7 @@
 
 - Measured on one GPU: the solver's seconds for a layer, to which a cols^3 + b rows cols^2 +
   c rows cols + d cols is fitted; and the seconds of one Hessian, which grow with tokens x cols^2.
-- Computed as the code does it: which rank solves which rows (`ranks.spread`), how segments are
+- Computed as the code does it: which rank solves which rows (`ranks.schedule`), how segments are
   shared among ranks (`ranks.shards`), the bytes that ranks exchange, and the peak memory
   (`forecast.memory`).
 - From data sheets: the peak of bfloat16 products, of which forward and backward passes are assumed
@@ -32,9 +32,9 @@ from thanos_deploy.gpu.figures import LayerTime
 from thanos_deploy.methods import Walk
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pruning.layers import linear_shapes, short_names
-from thanos_deploy.ranks import spread
+from thanos_deploy.ranks import schedule
+from thanos_deploy.ranks.schedule import Job
 from thanos_deploy.ranks.shards import Layout
-from thanos_deploy.ranks.spread import Job
 
 PRESETS = ("fast", "best")
 
@@ -254,7 +254,7 @@ def of_walk(checkpoint: Checkpoint, walk: Walk, setting: Setting) -> dict[str, f
                 layer = len({job.layer for job in jobs})
                 jobs += [
                     Job(number, layer, part.stop - part.start, cols)
-                    for part in spread.pieces(rows, "cuda")
+                    for part in schedule.pieces(rows, "cuda")
                 ]
                 if gpus > 1:
                     exchange += 2 * rows * cols / setting.bandwidth
@@ -286,7 +286,7 @@ def _slowest(jobs: list[Job], setting: Setting) -> float:
     """Seconds of the slowest rank."""
     busy = [0.0] * setting.gpus
     factored: set[tuple[int, int]] = set()
-    for job, rank in zip(jobs, spread.owners(jobs, setting.gpus), strict=True):
+    for job, rank in zip(jobs, schedule.owners(jobs, setting.gpus), strict=True):
         busy[rank] += setting.cost.job(job)
         if (rank, job.group) not in factored:
             factored.add((rank, job.group))

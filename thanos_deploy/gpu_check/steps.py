@@ -25,7 +25,7 @@ from thanos_deploy.errors import UsageError
 from thanos_deploy.gpu import nvml
 from thanos_deploy.gpu.records import Journal, read_journal
 from thanos_deploy.gpu.rows import Row, StepRow
-from thanos_deploy.gpu_check.ending import Ending, measure
+from thanos_deploy.gpu_check.outcome import StepOutcome, measure
 from thanos_deploy.progress import Announce, quietly
 
 # A step is stopped after this many times its usual duration.
@@ -239,15 +239,15 @@ def _one(
         finally:
             _stop(process)
         progress(math.ceil(step.seconds), math.ceil(step.seconds))
-        ending = _heard(receiver)
+        ended = _heard(receiver)
     rows = [row for row in _own(journal, step) if not isinstance(row, StepRow)]
     if stopped:
-        ending = Ending(
+        ended = StepOutcome(
             "FAIL", f"stopped at its limit of {limit:.0f} s; {len(rows)} rows are kept",
             "run it alone with --only and more --seconds",
         )  # fmt: skip
-    elif ending is None:
-        ending = Ending(
+    elif ended is None:
+        ended = StepOutcome(
             "FAIL",
             f"the process of this step {_death(process.exitcode)}; {len(rows)} rows are kept",
             "read the end of the log",
@@ -256,9 +256,9 @@ def _one(
     clocks = [reading.clock_hz for reading in readings if reading.busy is None or reading.busy]
     return StepRow(
         step=step.name,
-        outcome=ending.outcome,
-        detail=ending.detail,
-        fix=ending.fix,
+        outcome=ended.outcome,
+        detail=ended.detail,
+        fix=ended.fix,
         seconds=round(time.monotonic() - started, 3),
         clocks_hz=(min(clocks), max(clocks)) if clocks else None,
         throttle_reasons=tuple(
@@ -299,10 +299,10 @@ def _child(step: Step, task: Task, journal: Path, log: Path | None, pipe: Connec
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
     faulthandler.enable(file=2)
-    ending = measure(lambda: step.rows(task), journal)
+    ended = measure(lambda: step.rows(task), journal)
     sys.stdout.flush()
     sys.stderr.flush()
-    pipe.send(ending)
+    pipe.send(ended)
     pipe.close()
 
 
@@ -325,18 +325,18 @@ def _stop(process: ForkServerProcess) -> None:
         process.join(wait)
 
 
-def _heard(pipe: Connection) -> Ending | None:
+def _heard(pipe: Connection) -> StepOutcome | None:
     """Return the outcome that a process has sent; None if it ended without one."""
     try:
         if not pipe.poll():
             return None
-        ending = pipe.recv()
+        ended = pipe.recv()
     except (EOFError, OSError):
         return None
     finally:
         pipe.close()
-    assert isinstance(ending, Ending)
-    return ending
+    assert isinstance(ended, StepOutcome)
+    return ended
 
 
 def _death(code: int | None) -> str:

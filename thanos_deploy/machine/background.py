@@ -16,7 +16,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-def has_time(device: torch.device) -> bool:
+def host_is_idle(device: torch.device) -> bool:
     """Whether the host is idle while this device computes."""
     return device.type == "cuda"
 
@@ -34,7 +34,7 @@ class Background:
             device: the device that computes. With a CPU there is no thread, and calls run at once.
                 None for calls that move no tensors: they always run in a thread.
         """
-        beside_gpu = device is not None and has_time(device)
+        beside_gpu = device is not None and host_is_idle(device)
         self._pool = ThreadPoolExecutor(1) if beside_gpu or device is None else None
         # One stream for all calls, because PyTorch's allocator keeps a memory pool per stream.
         self._stream = torch.cuda.Stream(device) if beside_gpu else None

@@ -35,7 +35,7 @@ _BLOCK = 32
 
 def is_mxfp4(folder: Path) -> bool:
     """Return whether a folder has a model of the type gpt_oss with MXFP4 weights."""
-    if files.glanced(folder / "config.json").get("model_type") != "gpt_oss":
+    if files.peek_json(folder / "config.json").get("model_type") != "gpt_oss":
         return False
     try:
         return any(

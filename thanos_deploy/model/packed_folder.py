@@ -14,7 +14,7 @@ from thanos_deploy.bundle.files import (
     FileRecord,
     Json,
     file_record,
-    glanced,
+    peek_json,
     sha256_of,
     write_json,
 )
@@ -336,7 +336,7 @@ def _require_known(path: Path, name: str, dtype: str) -> None:
 
 
 def _is_bitmask(folder: Path) -> bool:
-    config = glanced(folder / "config.json")
+    config = peek_json(folder / "config.json")
     for key in ("quantization_config", "compression_config"):
         settings = config.get(key)
         sparsity = settings.get("sparsity_config") if isinstance(settings, dict) else None

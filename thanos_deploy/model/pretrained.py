@@ -404,5 +404,5 @@ def _refusing(folder: Path, what: str, file: str) -> Iterator[None]:
 
 def _code(path: Path) -> str:
     """Return the model's own code that a JSON file names; empty if there is none."""
-    named = files.glanced(path).get("auto_map")
+    named = files.peek_json(path).get("auto_map")
     return json.dumps(named) if named else ""

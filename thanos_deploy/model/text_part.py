@@ -59,7 +59,7 @@ _OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")
 
 def wrapper_of(folder: Path) -> Wrapper | None:
     """Return the type of vision-language model in a folder; None if it has another model."""
-    return WRAPPERS.get(str(files.glanced(folder / "config.json").get("model_type")))
+    return WRAPPERS.get(str(files.peek_json(folder / "config.json").get("model_type")))
 
 
 def write_text_part(folder: Path, destination: Path) -> None:

@@ -198,8 +198,8 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True)
-class Bought:
-    """All groups of one kind with the same decision, as a row of a table; see `bought`.
+class DecisionRow:
+    """All groups of one kind with the same decision, as a row of a table; see `decision_rows`.
 
     Attributes:
         layers: names of the layers, relative to the block.
@@ -221,16 +221,16 @@ class Bought:
         return "dense" if self.dense else "pruned"
 
 
-# Column headings of a table with one row for each `Bought`.
-HEADS = ("layers", "blocks", "decision", "pruning saves", "and changes")
+# Column headings of a table with one row for each `DecisionRow`.
+DECISION_COLUMNS = ("layers", "blocks", "decision", "pruning saves", "and changes")
 
 
-def cells(row: Bought) -> tuple[str, ...]:
-    """The cells of one row of that table."""
+def decision_cells(row: DecisionRow) -> tuple[str, ...]:
+    """Return the cells of one row of that table."""
     return row.layers, row.blocks, row.decision, row.saves, row.costs
 
 
-def bought(choices: Choices) -> Iterator[Bought]:
+def decision_rows(choices: Choices) -> Iterator[DecisionRow]:
     """Summarise the decisions in one row for each kind of group and decision."""
 
     def kind(group: Choice) -> tuple[str, bool]:
@@ -241,7 +241,7 @@ def bought(choices: Choices) -> Iterator[Bought]:
     for (layers, dense), found in groupby(alike, key=kind):
         groups = list(found)
         saves, costs = sum(one.saves for one in groups), sum(one.costs for one in groups)
-        yield Bought(
+        yield DecisionRow(
             layers,
             dense,
             ranges([place_of(one.layers[0])[0] for one in groups]),

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from thanos_deploy.calibration.visit import Visit
 from thanos_deploy.model.linear import matrix
-from thanos_deploy.ranks import spread
+from thanos_deploy.ranks import schedule
 from thanos_deploy.ranks.group import Ranks, current
-from thanos_deploy.ranks.spread import Job
+from thanos_deploy.ranks.schedule import Job
 from thanos_deploy.solver.division import Division
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Jobs:
                     self.rows.append(Rows(name, part.start, part.stop))
                     self._groups.append(number)
                     jobs.append(Job(number, layer, part.stop - part.start, cols))
-        self.owners = spread.owners(jobs, current().size)
+        self.owners = schedule.owners(jobs, current().size)
 
     def own(self, group: int) -> dict[int, Rows]:
         """This rank's jobs of one group, by job number."""
@@ -108,7 +108,7 @@ class Jobs:
                 rows=self.rows[runs[-1]].stop,
                 count=len(runs),
                 own=own,
-                add=None if team is None else team.add,
+                add=None if team is None else team.all_reduce,
             )
         return divisions
 

@@ -132,7 +132,7 @@ def allocate(
         ratios: D_l of every block, from `survey`.
         blocks: for each block, maps the full name of a layer to its number of weights.
         sparsity: S.
-        options: the options of OWL, of which `spread` is used.
+        options: the options of OWL, of which `schedule` is used.
 
     Returns:
         the pattern of each layer, by its full name. With these, `removed_count` gives the intended

@@ -39,7 +39,7 @@ from thanos_deploy.pruning.jobs import Jobs
 from thanos_deploy.pruning.layers import gather
 from thanos_deploy.pruning.result import Quantisation, TunedBlocks
 from thanos_deploy.pruning.straight_through import QuantisedWeight
-from thanos_deploy.ranks import spread
+from thanos_deploy.ranks import schedule
 from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.codes import Quantised, round_to
 from thanos_deploy.solver.damping import Damping
@@ -203,7 +203,7 @@ def _layers(
     """Quantise the layers of a block in place, turn by turn; yield each layer and its report."""
     names = {visit.prefix + linear for linear in visit.structure.linears}
     for groups, collected in gather(visit, names, Walk(true_sequential=True)):
-        jobs = Jobs(visit, groups, lambda _, rows: spread.even(rows, max(1, rows // _ROWS)))
+        jobs = Jobs(visit, groups, lambda _, rows: schedule.even(rows, max(1, rows // _ROWS)))
         solved: dict[int, Quantised] = {}
         said: dict[int, _Solved] = {}
         for number, group in enumerate(groups):
@@ -218,7 +218,10 @@ def _layers(
             for linear in group:
                 places = [place for place, rows in enumerate(jobs.rows) if rows.linear == linear]
                 whole = _joined(
-                    [_spread(visit, jobs, place, grid, solved.pop(place, None)) for place in places]
+                    [
+                        _broadcast(visit, jobs, place, grid, solved.pop(place, None))
+                        for place in places
+                    ]
                 )
                 visit.write(linear, whole.weight)
                 report = _report(visit.prefix + linear, [every[place] for place in places])
@@ -256,7 +259,7 @@ def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantis
     )
 
 
-def _spread(
+def _broadcast(
     visit: Visit, jobs: Jobs, place: int, grid: Grid, solved: Quantised | None
 ) -> Quantised:
     """Broadcast the result of a job from its owner; `solved` is None on the other ranks."""
@@ -270,7 +273,7 @@ def _spread(
         scale, zero = (torch.empty(count, grid.groups(cols), device=visit.device) for _ in range(2))
         solved = Quantised(grid, codes, scale, zero)
     for tensor in (solved.codes, solved.scale, solved.zero):
-        current().spread(tensor, owner)
+        current().broadcast(tensor, owner)
     return solved
 
 

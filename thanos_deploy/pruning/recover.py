@@ -42,8 +42,8 @@ from thanos_deploy.pruning.low_rank import LowRank
 from thanos_deploy.pruning.result import Recovery
 from thanos_deploy.pruning.training_journal import Reached, TrainingJournal
 from thanos_deploy.ranks.group import current
+from thanos_deploy.ranks.schedule import even
 from thanos_deploy.ranks.sharded import Part, Sharded
-from thanos_deploy.ranks.spread import even
 
 logger = logging.getLogger(__name__)
 

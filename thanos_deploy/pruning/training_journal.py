@@ -92,7 +92,7 @@ class TrainingJournal:
             InputError: the journal names a file outside its folder.
         """
         self._folder, self._room, self._ranks = folder, room, current()
-        state = self._ranks.share(self._opened(owner) if self._ranks.first else _State())
+        state = self._ranks.from_first(self._opened(owner) if self._ranks.is_first else _State())
         self.reached = state.reached
         self._file = next(iter(state.files), None)
         self._since, self._wrote, self._fits = time.monotonic(), 0.0, True
@@ -120,7 +120,7 @@ class TrainingJournal:
     def is_due(self) -> bool:
         """Return whether it is time to write a state; the answer is the same on all ranks."""
         past = time.monotonic() - self._since
-        return self._ranks.share(
+        return self._ranks.from_first(
             _Answer(self._fits and past >= max(_EVERY_SECONDS, _EVERY_WRITES * self._wrote))
         ).yes
 
@@ -137,11 +137,11 @@ class TrainingJournal:
         """
         began = time.monotonic()
         name = f"step-{reached.step:06d}.safetensors"
-        fits = self._has_room(bytes_of(kinds) + self._room) if self._ranks.first else False
-        self._fits = self._ranks.share(_Answer(fits)).yes
+        fits = self._has_room(bytes_of(kinds) + self._room) if self._ranks.is_first else False
+        self._fits = self._ranks.from_first(_Answer(fits)).yes
         if not self._fits:
             return
-        file = TensorFile.create(self._folder / name, kinds) if self._ranks.first else None
+        file = TensorFile.create(self._folder / name, kinds) if self._ranks.is_first else None
         for one in kinds:
             tensor = whole(one)
             if file is not None:
@@ -152,7 +152,7 @@ class TrainingJournal:
             state = _State(reached, {name: file_record(file.path)})
             journal_folder.seal(self._folder / _STATE, encode(state))
             journal_folder.drop_all_but(self._folder, {_STATE, name})
-        self._ranks.wait()
+        self._ranks.barrier()
         self._file, self.reached = name, reached
         self._since = time.monotonic()
         self._wrote = self._since - began

@@ -23,7 +23,7 @@ from thanos_deploy.pruning.jobs import Jobs, Rows
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.result import PrunedLayer
 from thanos_deploy.pruning.solution import aim, mask_only, solve
-from thanos_deploy.ranks import spread
+from thanos_deploy.ranks import schedule
 from thanos_deploy.ranks.group import current
 from thanos_deploy.solver.damping import Damping
 from thanos_deploy.solver.division import Division
@@ -80,7 +80,7 @@ def prune_turn(
 
     def cut(linear: str, rows: int) -> Sequence[slice]:
         if method.divisible(patterns[visit.prefix + linear], recipe.options):
-            return spread.pieces(rows, device.type)
+            return schedule.pieces(rows, device.type)
         return [slice(0, rows)]
 
     jobs = Jobs(visit, groups, cut)
@@ -97,7 +97,7 @@ def prune_turn(
     environment.return_freed_memory(at_least=_FREED_BYTES)
     parts: dict[str, list[_Solved]] = {}
     for rows, owner, one in zip(jobs.rows, jobs.owners, jobs.gather(solved, _Solved), strict=True):
-        _spread(visit, rows, owner)
+        _broadcast(visit, rows, owner)
         parts.setdefault(rows.linear, []).append(one)
     return {
         linear: _report(visit, linear, patterns[visit.prefix + linear], its)
@@ -177,13 +177,13 @@ def _rows_of(weight: Tensor, jobs: Sequence[Rows]) -> Tensor:
     return torch.cat([weight[rows.slice] for rows in jobs])
 
 
-def _spread(visit: Visit, rows: Rows, owner: int) -> None:
+def _broadcast(visit: Visit, rows: Rows, owner: int) -> None:
     """Broadcast the weights of a job from its owner to all ranks."""
     ranks = current()
     if ranks.size == 1:
         return
     sent = matrix(visit.block.get_submodule(rows.linear))[rows.slice].contiguous()
-    ranks.spread(sent, owner)
+    ranks.broadcast(sent, owner)
     if ranks.rank != owner:
         visit.write(rows.linear, sent, rows.slice)
 

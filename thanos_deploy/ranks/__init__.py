@@ -1,7 +1,7 @@
 """Work in several processes, the ranks of torchrun, with results that do not depend on how many.
 
     shards   which calibration segments are summed together: the same for every number of ranks
-    spread   which rank solves which rows of which layer
+    schedule which rank solves which rows of which layer
     group    the ranks, and collective communication between them
     sums     sums whose last bit does not depend on the number of ranks
     sharded  a model whose weights are sharded by FSDP2, with gradients summed in a fixed order

@@ -35,19 +35,19 @@ class Ranks:
     Attributes:
         rank: number of this process in the group.
         size: number of ranks in the group.
-        channel: process group for communication; None for PyTorch's default group.
+        process_group: process group for communication; None for PyTorch's default group.
     """
 
     rank: int
     size: int
-    channel: dist.ProcessGroup | None = None
+    process_group: dist.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
-    def has(self, shard: int) -> bool:
+    def owns(self, shard: int) -> bool:
         """Whether a shard of the calibration data belongs to this rank."""
         return shard % self.size == self.rank
 
@@ -77,25 +77,25 @@ class Ranks:
         every = self._gather(encode(said))
         return {name: decode(kind, one) for of_rank in every for name, one in of_rank.items()}
 
-    def share(self, message: T) -> T:
+    def from_first(self, message: T) -> T:
         """Return rank 0's message; the other ranks pass any message of the same type."""
         return self.gather(message)[0]
 
     def _gather(self, value: Json) -> list[Json]:
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
-        all_gather(lengths, torch.tensor([len(own)]), self.channel)
+        all_gather(lengths, torch.tensor([len(own)]), self.process_group)
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
         padded[: len(own)] = own
         every = torch.empty(self.size * len(padded), dtype=torch.uint8)
-        all_gather(every, padded, self.channel)
+        all_gather(every, padded, self.process_group)
         rows = every.reshape(self.size, -1)
         return [
             json.loads(row[:length].numpy().tobytes())
             for row, length in zip(rows, lengths.tolist(), strict=True)
         ]
 
-    def spread(self, tensor: Tensor, source: int) -> None:
+    def broadcast(self, tensor: Tensor, source: int) -> None:
         """Broadcast a tensor from one rank to all ranks, in place.
 
         Args:
@@ -104,9 +104,9 @@ class Ranks:
         """
         if self.size > 1:
             # As bytes, because gloo does not support every dtype.
-            dist.broadcast(tensor.view(torch.uint8), group=self.channel, group_src=source)
+            dist.broadcast(tensor.view(torch.uint8), group=self.process_group, group_src=source)
 
-    def hand_over(self, tensor: Tensor, source: int, target: int) -> None:
+    def send(self, tensor: Tensor, source: int, target: int) -> None:
         """Send a contiguous tensor from one rank to another, in place; other ranks do nothing."""
         if source == target or self.rank not in (source, target):
             return
@@ -115,7 +115,7 @@ class Ranks:
         else:
             dist.recv(tensor.view(torch.uint8), source)
 
-    def add(self, counts: Tensor) -> Tensor:
+    def all_reduce(self, counts: Tensor) -> Tensor:
         """All-reduce integer counts: return their sum over the ranks, on every rank.
 
         Args:
@@ -123,7 +123,7 @@ class Ranks:
                 the result.
         """
         whole = counts.clone()
-        dist.all_reduce(whole, group=self.channel)
+        dist.all_reduce(whole, group=self.process_group)
         return whole
 
     def team(self, members: tuple[int, ...]) -> "Ranks | None":
@@ -142,7 +142,7 @@ class Ranks:
             )
         return _teams[members]
 
-    def beside(self) -> "Ranks":
+    def with_own_group(self) -> "Ranks":
         """Return the same ranks with a new process group, for use in another thread.
 
         All ranks call this together.
@@ -151,7 +151,7 @@ class Ranks:
             return self
         return Ranks(self.rank, self.size, dist.new_group(timeout=WORK))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait at a barrier until all ranks have reached it."""
         self.gather(_Here())
 

@@ -1,6 +1,6 @@
 """Connect to the other ranks, as torchrun's environment variables say, and disconnect from them.
 
-    with together():
+    with connected():
         ...  # `group.current()` is the group of all ranks
 
 A process that torchrun did not start works alone.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from thanos_deploy.errors import DeployError, PlatformError, UsageError, of_system
+from thanos_deploy.errors import DeployError, PlatformError, UsageError, translate_system_error
 from thanos_deploy.ranks import group
 from thanos_deploy.ranks.group import Ranks
 from thanos_deploy.ranks.watch import Watch
@@ -85,15 +85,15 @@ def place() -> Place | None:
     return found if found.size > 1 else None
 
 
-def follows() -> bool:
+def is_follower() -> bool:
     """Whether this process is a rank other than 0, which prints no messages and writes no files."""
     found = place()
     return found is not None and found.rank != 0
 
 
 @contextmanager
-def together() -> Iterator[Ranks]:
-    """Work together with the other ranks, if torchrun has started any, until `part`.
+def connected() -> Iterator[Ranks]:
+    """Work together with the other ranks, if torchrun has started any, until `disconnect`.
 
     If the work of a rank fails or is interrupted, all other ranks end too, with its exit code. If a
     rank is killed, another rank reports it, and the others end with exit code 5.
@@ -119,7 +119,7 @@ def together() -> Iterator[Ranks]:
         _watches.append(watch)
         try:
             yield ranks
-            part()
+            disconnect()
         except BaseException as error:
             if _watches:
                 watch.explain(error, _exit_code(error))
@@ -130,11 +130,11 @@ def together() -> Iterator[Ranks]:
                 group.leave()
 
 
-def part() -> None:
+def disconnect() -> None:
     """Disconnect the ranks, after a barrier; from here on each of them works alone."""
     if not _watches:
         return
-    group.current().wait()
+    group.current().barrier()
     _watches.pop().close()
     group.leave()
     dist.destroy_process_group()
@@ -221,5 +221,5 @@ def _exit_code(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     known = error if isinstance(error, DeployError) else None
     if known is None and isinstance(error, Exception):
-        known = of_system(error)
+        known = translate_system_error(error)
     return 1 if known is None else known.exit_code

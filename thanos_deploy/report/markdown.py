@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from thanos_deploy.bundle.engine_record import BuildRecord
 from thanos_deploy.measure.run import Run
-from thanos_deploy.pruning.budget import HEADS, bought, cells
+from thanos_deploy.pruning.budget import DECISION_COLUMNS, decision_cells, decision_rows
 from thanos_deploy.report import words
 from thanos_deploy.report.escape import code, code_block, literal, quote
 from thanos_deploy.report.figures import figures, metric_title, shown, shown_ratio
@@ -65,7 +65,7 @@ def _model(model: ModelReport) -> Iterator[str]:
     yield "\n".join(f"- {literal(sentence)}" for sentence in model.verdict)
     if choices := model.choices:
         yield "### What pruning each group of layers saves and changes"
-        yield _table(HEADS, map(cells, bought(choices)))
+        yield _table(DECISION_COLUMNS, map(decision_cells, decision_rows(choices)))
     for run in model.bench:
         yield f"### Run {literal(run.run)}: {run.status}"
         yield _scenarios(run)

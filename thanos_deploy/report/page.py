@@ -15,7 +15,7 @@ from markupsafe import Markup
 from thanos_deploy.bundle.layout import ONNX
 from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.measure.run import DENSE, Run
-from thanos_deploy.pruning.budget import HEADS, bought, cells
+from thanos_deploy.pruning.budget import DECISION_COLUMNS, decision_cells, decision_rows
 from thanos_deploy.report import charts, words
 from thanos_deploy.report.figures import (
     CHECKPOINT,
@@ -61,7 +61,7 @@ def render(report: Report, bundles: Sequence[Sources]) -> str:
         columns=_columns(report),
         rows=_rows(report),
         pareto=charts.pareto(report.pareto) if report.pareto else None,
-        choice_heads=HEADS,
+        choice_heads=DECISION_COLUMNS,
         no_gpu=NOT_MEASURED,
         style=Markup(_file("page.css")),
         script=Markup(script),
@@ -162,7 +162,9 @@ def _view(model: ModelReport, sources: Sources, identifier: str) -> _View:
         ],
         map=charts.layer_maps(model.layer_map),
         sizes=charts.sizes(model.parts) if model.parts else None,
-        choices=[cells(row) for row in bought(model.choices)] if model.choices else [],
+        choices=[decision_cells(row) for row in decision_rows(model.choices)]
+        if model.choices
+        else [],
         machine={
             "processor": f"{environment.processor}, {environment.cores} cores",
             "memory": f"{environment.memory_bytes / 1e9:.1f} GB",

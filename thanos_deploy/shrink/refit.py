@@ -90,7 +90,7 @@ def spread(visit: Visit, name: str, owner: int) -> None:
         return
     layer = visit.block.get_submodule(name)
     weight, bias = matrix(layer).contiguous(), getattr(layer, "bias", None)
-    current().spread(weight, owner)
+    current().broadcast(weight, owner)
     if bias is not None:
-        current().spread(bias.detach(), owner)
+        current().broadcast(bias.detach(), owner)
     replace(layer, weight, None if bias is None else bias.detach())

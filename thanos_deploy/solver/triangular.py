@@ -72,7 +72,7 @@ class Helpers(Protocol):
         """The number of ranks."""
         ...
 
-    def spread(self, tensor: Tensor, source: int) -> None:
+    def broadcast(self, tensor: Tensor, source: int) -> None:
         """Broadcast a contiguous tensor from the rank `source` to all of them, in place."""
         ...
 
@@ -106,7 +106,7 @@ def invert_(lower: Tensor, helpers: Helpers | None = None) -> None:
     if helpers is not None and helpers.size > 1:
         for number, part in enumerate(columns):
             made = B[:, part].contiguous()
-            helpers.spread(made, number % helpers.size)
+            helpers.broadcast(made, number % helpers.size)
             B[:, part] = made
 
 

@@ -195,7 +195,7 @@ def quantise_checkpoint(
     All ranks work together, and rank 0 writes the model and its codes. Blocks are tuned with as
     many steps as after pruning, on the same text.
     """
-    first = current().first
+    first = current().is_first
     quantised = folder.with_name(f"{folder.name}-quantised")
     if first:
         quantised.mkdir()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thanos_deploy.bundle import files, layout, manifest
 from thanos_deploy.bundle.manifest import Bundle
 from thanos_deploy.bundle.record import Nothing, Source, Stage
-from thanos_deploy.forecast import enough
+from thanos_deploy.forecast import memory_check
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.convert import convert_gguf, convert_memory, convert_packed
@@ -52,7 +52,7 @@ class Dense:
             ResourceError: there is hardly any memory left.
             DeployError: see `locate.locate`.
         """
-        enough.require_to_begin()
+        memory_check.require_to_begin()
         located = model if isinstance(model, LocatedModel) else locate(model, revision=revision)
         self.source, self.is_ordinary = located.source, located.is_ordinary
         self._path = located.path

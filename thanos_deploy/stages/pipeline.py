@@ -31,7 +31,7 @@ from thanos_deploy.model.locate import LocatedModel
 from thanos_deploy.model.pretrained import require_no_adapter
 from thanos_deploy.progress import Announce, quietly
 from thanos_deploy.pruning.result import PRUNE
-from thanos_deploy.ranks.start import together
+from thanos_deploy.ranks.start import connected
 from thanos_deploy.report.model import Report
 from thanos_deploy.report.write import write_report
 from thanos_deploy.stages.bench import bench, check_bench, compared
@@ -87,9 +87,9 @@ def prune_export(
     chosen.refuse([request.how.pattern])
     if not chosen.gpu:  # the export to a GPU target may be finished on another machine
         preflight.require(chosen)
-    with together() as ranks, ExitStack() as stack:
+    with connected() as ranks, ExitStack() as stack:
         dense = Dense(model, revision=revision)
-        if not ranks.first:
+        if not ranks.is_first:
             follow(dense, request)
             return None
         bundle = stack.enter_context(manifest.claim(out, dense.source, overwrite=overwrite))

@@ -13,7 +13,7 @@ from thanos_deploy.bundle.codec import decode
 from thanos_deploy.bundle.manifest import Bundle, StageRecord
 from thanos_deploy.calibration.journal_folder import owner_of
 from thanos_deploy.errors import UsageError
-from thanos_deploy.forecast import enough
+from thanos_deploy.forecast import memory_check
 from thanos_deploy.machine import devices, environment
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.parts import part_bytes
@@ -27,7 +27,7 @@ from thanos_deploy.pruning.result import (
     Recovery,
 )
 from thanos_deploy.ranks.group import current
-from thanos_deploy.ranks.start import part
+from thanos_deploy.ranks.start import disconnect
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.prune_messages import Begun, Folders, Threads
 from thanos_deploy.stages.prune_work import BLOCKS, SURVEY, THREADS, WALKS, Pruned, Work
@@ -69,13 +69,13 @@ def _prune(
         model.mkdir()
         kept.mkdir(exist_ok=True)
         files.require_disk(folder, work.disk_bytes - sum(files.size(kept / one) for one in WALKS))
-        begun = current().share(Begun(Folders(kept.absolute(), folder.absolute())))
+        begun = current().from_first(Begun(Folders(kept.absolute(), folder.absolute())))
         pruned = work.run(model, kept, announce)
         files.write_record(folder / layout.LAYERS, pruned.blocks)
         recovery, quantisation = work.finish(folder, kept, announce)
         return _result(work, pruned, recovery, quantisation, model)
 
-    with enough.explained(work.memory):
+    with memory_check.explained(work.memory):
         record = bundle.run(
             PRUNE,
             produce,
@@ -84,8 +84,8 @@ def _prune(
             overwrite=overwrite,
         )
     if begun.folders is None:
-        current().share(begun)
-    part()
+        current().from_first(begun)
+    disconnect()
     return record
 
 
@@ -102,7 +102,7 @@ def follow(dense: Dense, request: PruneRequest) -> None:
 
 def _follow(dense: Dense, request: PruneRequest) -> None:
     work = Work.of(dense, request, quietly)
-    if folders := current().share(Begun(None)).folders:
+    if folders := current().from_first(Begun(None)).folders:
         kept = folders.journals
         if not kept.is_dir():
             raise UsageError(
@@ -113,7 +113,7 @@ def _follow(dense: Dense, request: PruneRequest) -> None:
         (kept / f".rank-{current().rank}").touch()  # fail now if it is not writable
         work.run(None, kept, quietly)
         work.finish(folders.stage, kept, quietly)
-    part()
+    disconnect()
 
 
 def _threads_before(kept: Path) -> int | None:
@@ -136,7 +136,7 @@ def _threads_of(kept: Path | None) -> Iterator[None]:
         kept: folder of the journals; None on ranks that do not open it.
     """
     own, begun = torch.get_num_threads(), None if kept is None else _threads_before(kept)
-    threads = current().share(Threads(begun)).count
+    threads = current().from_first(Threads(begun)).count
     if threads is not None and 0 < threads != own:
         logger.info("continuing with %d threads for each process, as before", threads)
         torch.set_num_threads(threads)

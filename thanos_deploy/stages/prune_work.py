@@ -9,7 +9,7 @@ import torch
 from thanos_deploy.bundle import layout
 from thanos_deploy.bundle.codec import Json, encode
 from thanos_deploy.calibration.journal import Journal
-from thanos_deploy.forecast import enough
+from thanos_deploy.forecast import memory_check
 from thanos_deploy.forecast.memory import Memory
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
@@ -117,7 +117,7 @@ class Work:
         sizes = max(1, data.nsamples), max(1, min(data.seqlen, source.max_positions))
         segments = torch.empty(sizes, dtype=torch.int64, device="meta")
         needed = memory_of(source, segments, further, request, device)
-        enough.require(needed, device)
+        memory_check.require(needed, device)
         taken = calibration(source, data, further)
         Layout.of(*taken.ids.shape).require(current().size)
         inputs = PruneInputs(
@@ -233,7 +233,7 @@ class Work:
             announce: told of each task.
         """
         request, model, taken = self.request, folder / layout.MODEL, self.calibration
-        current().wait()  # until rank 0 has written the model
+        current().barrier()  # until rank 0 has written the model
         recovery, journals = None, Journals(kept, self.owner)
         if request.recover:
             recovery = recover_checkpoint(

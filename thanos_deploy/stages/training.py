@@ -96,7 +96,7 @@ def recover_checkpoint(
         announce: told of each task.
         journals: keep the progress on the disk; None starts from the beginning and keeps nothing.
     """
-    tokenizer, first = load_tokenizer(source.folder), current().first
+    tokenizer, first = load_tokenizer(source.folder), current().is_first
     lessons, drawn = text, None
     if request.recover_text != "calib":
         found = _own_text(source, text, request, announce, journals)
@@ -138,7 +138,7 @@ def train_scales_checkpoint(
     The text is the one that `recover_checkpoint` trained on. All ranks train together, and rank 0
     writes. For the arguments see `recover_checkpoint`; `codes` is the folder of the codes.
     """
-    first, lessons = current().first, text
+    first, lessons = current().is_first, text
     if request.recover_text != "calib":
         kept = folder.with_name(layout.OWN_TEXT).read_text(encoding="utf-8")
         lessons = Text.of_rows(_OWN_TEXT, [loads(row)["text"] for row in kept.splitlines()])
@@ -177,13 +177,13 @@ def _own_text(
     folder, ranks = journals.folder / _TEXT, current()
     kept = folder / "text.json"
     found = _Drawn()
-    if ranks.first:
+    if ranks.is_first:
         journal_folder.claim(folder, journals.owner)
         found = journal_folder.found(kept, _Drawn) or found
-    found = ranks.share(found)
+    found = ranks.from_first(found)
     if not found.rows:
         found = _drawn(source, text, request, announce)
-        if ranks.first:
+        if ranks.is_first:
             journal_folder.seal(kept, encode(found))
     return found
 
@@ -214,8 +214,8 @@ def _drawn(source: Checkpoint, text: Text, request: PruneRequest, announce: Anno
 
 def replace_checkpoint(folder: Path, finished: Path) -> None:
     """Replace a folder by a finished one, as soon as all ranks have read the old folder."""
-    current().wait()
-    if current().first:
+    current().barrier()
+    if current().is_first:
         shutil.rmtree(folder)
         finished.rename(folder)
-    current().wait()
+    current().barrier()

@@ -126,7 +126,7 @@ def test_whoever_had_connected_is_held_and_whoever_comes_later_is_refused(host: 
         clients = [
             stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)
         ]
-        listening.begin_no_more(listener)
+        listening.drop_new_connections(listener)
         late = stack.enter_context(ThreadPoolExecutor(1)).submit(
             socket.create_connection, address, timeout=30
         )

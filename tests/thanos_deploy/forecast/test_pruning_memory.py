@@ -11,7 +11,7 @@ import torch
 
 from thanos_deploy.calibration.activations import Place
 from thanos_deploy.errors import ResourceError
-from thanos_deploy.forecast import enough, memory
+from thanos_deploy.forecast import memory, memory_check
 from thanos_deploy.gpu_check import models, walks
 from thanos_deploy.machine import devices, host_memory
 from thanos_deploy.methods import load
@@ -98,7 +98,7 @@ def test_each_term_is_what_its_name_says(tmp_path: Path) -> None:
 _PEAK = """
 import sys, torch
 from pathlib import Path
-from thanos_deploy.forecast import enough, memory
+from thanos_deploy.forecast import memory, memory_check
 from thanos_deploy.gpu_check import models, walks
 from thanos_deploy.machine import environment
 from thanos_deploy.model.checkpoint import Checkpoint
@@ -193,31 +193,31 @@ def test_too_small_a_gpu_is_refused_with_what_is_needed_and_what_lowers_it(
 ) -> None:
     found = counted(outline(tmp_path, EIGHT), "best", "device")
     monkeypatch.setattr(host_memory, "free_bytes", lambda: None)  # of this machine
-    enough.require(found, CUDA)
+    memory_check.require(found, CUDA)
     monkeypatch.setattr(devices, "free_bytes", lambda device: 8 * 10**9)
     with pytest.raises(
         ResourceError, match=r"cuda:0: \d+\.\d GB .* needed, and 8\.0 GB are free"
     ) as caught:
-        enough.require(found, CUDA)
+        memory_check.require(found, CUDA)
     assert caught.value.exit_code == 5
     assert "the factored Hessian 2.5" in caught.value.message
     assert "--activations disk" in caught.value.fix
     assert "--preset fast" in caught.value.fix
-    enough.require(found, torch.device("cpu"))
+    memory_check.require(found, torch.device("cpu"))
 
 
 def test_too_small_a_machine_is_refused_with_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = counted(outline(tmp_path, EIGHT), "best", device=torch.device("cpu"))
-    for free in (None, found.host_bytes + enough._TEXTS):
+    for free in (None, found.host_bytes + memory_check._TEXTS):
         monkeypatch.setattr(host_memory, "free_bytes", lambda free=free: free)
-        enough.require(found, torch.device("cpu"))
+        memory_check.require(found, torch.device("cpu"))
     monkeypatch.setattr(host_memory, "free_bytes", lambda: 10**9)
     with pytest.raises(
         ResourceError, match=r"this machine: \d+\.\d GB of memory are needed, and 1\.0 GB are free"
     ) as caught:
-        enough.require(found, torch.device("cpu"))
+        memory_check.require(found, torch.device("cpu"))
     assert "--preset fast" in caught.value.fix
 
 
@@ -237,9 +237,9 @@ def test_an_allocation_that_fails_says_what_all_of_it_needs(
     found = counted(outline(tmp_path, EIGHT), "fast", device=torch.device("cpu"))
     with (
         pytest.raises(ResourceError, match=r"out of memory \(.*, \d+\.\d GB are needed"),
-        enough.explained(found),
+        memory_check.explained(found),
     ):
         raise error
     for other in (KeyError("x"), ResourceError("the disk is full", fix="free some")):
-        with pytest.raises(type(other), match=str(other.args[0])), enough.explained(found):
+        with pytest.raises(type(other), match=str(other.args[0])), memory_check.explained(found):
             raise other

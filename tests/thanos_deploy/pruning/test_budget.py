@@ -7,7 +7,15 @@ import pytest
 
 from thanos_deploy.errors import UsageError
 from thanos_deploy.pattern import SemiStructured
-from thanos_deploy.pruning.budget import Budget, Choice, Choices, bought, cells, joined, ranges
+from thanos_deploy.pruning.budget import (
+    Budget,
+    Choice,
+    Choices,
+    decision_cells,
+    decision_rows,
+    joined,
+    ranges,
+)
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.stages.request import PruneRequest
 
@@ -80,7 +88,7 @@ def test_a_record_has_its_options_and_no_path() -> None:
 
 def test_a_row_for_each_kind_of_choice() -> None:
     choices = Choices("seconds", 1e-5, "decode at batch 1 on H100 in bf16", 1.5, GROUPS, 3)
-    assert [cells(row) for row in bought(choices)] == [
+    assert [decision_cells(row) for row in decision_rows(choices)] == [
         ("mlp: gate, up", "1-2", "pruned", "0.004 ms (40.0%)", "0.3750"),
         ("mlp: gate, up", "0", "dense", "0.002 ms (20.0%)", "0.5000"),
         ("mlp.down", "0-1", "dense", "nothing", "0.7500"),
@@ -96,7 +104,7 @@ def test_of_weights_and_where_nothing_was_measured() -> None:
         Choice(one.layers, 3e6, nan, dense=number < 1) for number, one in enumerate(GROUPS)
     )
     choices = Choices("weights", 15e6, "", 0.25, groups)
-    rows = {row[:3]: row[3:] for row in map(cells, bought(choices))}
+    rows = {row[:3]: row[3:] for row in map(decision_cells, decision_rows(choices))}
     assert rows["mlp: gate, up", "1-2", "pruned"] == ("6.00 M weights (40.0%)", "not measured")
     assert "20.0% of the weights" in choices.sentence
 

@@ -67,7 +67,7 @@ def _nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorFile, "read", read)
     monkeypatch.setattr(TensorFile, "write", write)
     # Threads and streams are a matter of real GPUs.
-    monkeypatch.setattr(background, "has_time", lambda device: False)
+    monkeypatch.setattr(background, "host_is_idle", lambda device: False)
     monkeypatch.setattr(devices, "wait", lambda device: None)
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from thanos_deploy.errors import UsageError
 from thanos_deploy.ranks.group import Ranks
+from thanos_deploy.ranks.schedule import Job, even, factor_cost, job_cost, owners, pieces
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
-from thanos_deploy.ranks.spread import Job, even, factor_cost, job_cost, owners, pieces
 from thanos_deploy.ranks.sums import OrderedSum, run_of, whole_of
 
 jobs = st.builds(
@@ -57,7 +57,7 @@ def test_every_shard_is_one_ranks_and_every_rank_has_one(
             layout.require(size)
         return
     layout.require(size)
-    own = [[shard for shard in range(layout.shards) if one.has(shard)] for one in ranks]
+    own = [[shard for shard in range(layout.shards) if one.owns(shard)] for one in ranks]
     assert sorted(itertools.chain(*own)) == list(range(layout.shards))
     assert all(own)
     assert max(map(len, own)) == ranks[0].turns(layout.shards)

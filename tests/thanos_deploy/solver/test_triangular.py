@@ -42,7 +42,7 @@ def test_helpers_change_no_bit_of_an_inverse(size: int) -> None:
         rank: int
         size: int
 
-        def spread(self, tensor: torch.Tensor, source: int) -> None:
+        def broadcast(self, tensor: torch.Tensor, source: int) -> None:
             assert tensor.is_contiguous()
             told[self.rank] = tensor
             barrier.wait(60)

@@ -12,7 +12,7 @@ from thanos_deploy.gpu.rows import CheckRow, KernelRow, Row
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class StepOutcome:
     """The outcome that the process of a step reports when it ends on its own; see `StepRow`."""
 
     outcome: Outcome
@@ -20,7 +20,7 @@ class Ending:
     fix: str = ""
 
 
-def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
+def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> StepOutcome:
     """Write the rows of a step as they are measured, and return its outcome.
 
     Args:
@@ -34,24 +34,24 @@ def measure(measured: Callable[[], Iterable[Row]], journal: Path) -> Ending:
                 file.add(row)
                 rows.append(row)
     except PlatformError as error:
-        return Ending("FAIL" if rows else "SKIP", error.message, error.fix)
+        return StepOutcome("FAIL" if rows else "SKIP", error.message, error.fix)
     except DeployError as error:
-        return Ending("FAIL", error.message, error.fix)
+        return StepOutcome("FAIL", error.message, error.fix)
     except Exception as error:  # any exception of a driver or library is a result
         traceback.print_exc()
         kept = f"; {len(rows)} rows are kept" if rows else ""
         first = (str(error) or "no message").splitlines()[0]
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
-            return Ending(
+            return StepOutcome(
                 "FAIL",
                 f"out of memory: {first}{kept}",
                 "use a GPU with more memory, or one that no other process uses",
             )
-        return Ending("FAIL", f"{type(error).__name__}: {first}{kept}", "read the log")
-    return _summed(rows)
+        return StepOutcome("FAIL", f"{type(error).__name__}: {first}{kept}", "read the log")
+    return _outcome_of(rows)
 
 
-def _summed(rows: Sequence[Row]) -> Ending:
+def _outcome_of(rows: Sequence[Row]) -> StepOutcome:
     """Return the outcome of a step that ran to its end, from the outcomes of its rows."""
     judged = [row for row in rows if isinstance(row, CheckRow | KernelRow)]
     failed = [row for row in judged if row.outcome == "FAIL"]
@@ -69,12 +69,12 @@ def _summed(rows: Sequence[Row]) -> Ending:
             if isinstance(first, CheckRow)
             else "report this with the name of the GPU and the versions of the packages"
         )
-        return Ending("FAIL", f"{len(failed)} of {len(rows)} checks failed; the first: {what}", fix)
+        return StepOutcome("FAIL", f"{len(failed)} of {len(rows)} checks failed; the first: {what}", fix)
     if not measured:
-        return Ending("SKIP", _reason(rows))
+        return StepOutcome("SKIP", _reason(rows))
     skipped = len(rows) - len(measured)
     more = f", {skipped} not measured ({_reason(rows)})" if skipped else ""
-    return Ending("PASS", f"{len(measured)} rows{more}")
+    return StepOutcome("PASS", f"{len(measured)} rows{more}")
 
 
 def _is_measured(row: Row) -> bool:
