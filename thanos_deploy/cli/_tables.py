@@ -4,7 +4,6 @@ This module imports numpy, so commands import it only when they have something t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -20,9 +19,6 @@ from thanos_deploy.measure.quality import Answers, Compared, Score, TaskQuality,
 from thanos_deploy.measure.run import Interval, Run, ScenarioTimes
 from thanos_deploy.report.figures import figures, shown, shown_ratio
 from thanos_deploy.report.model import ModelReport, Report
-
-if TYPE_CHECKING:
-    pass
 
 _STYLES = {"PASS": "green", "FAIL": "bold red", "SKIP": "dim"}
 

@@ -15,7 +15,6 @@ from functools import cache
 from importlib import resources
 
 from thanos_deploy.bundle.codec import decode, encode, loads
-from thanos_deploy.gpu.nvml import NOT_MEASURED
 from thanos_deploy.gpu.products import DENSE, KernelTime, beside_dense
 from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import GemmRow, HessianRow, ModelRow, PruningRow
@@ -233,11 +232,6 @@ def sentences(pattern: Pattern, *, card: str | None = None) -> Iterator[str]:
         passes = [one for one in run.passes if one.model == model]
         if passes and card in (None, run.card):
             yield _sentence(run, passes)
-
-
-def on_gpu(pattern: Pattern) -> str:
-    """Return the sentences about a pattern, or the statement that it was not measured."""
-    return " ".join(sentences(pattern)) or f"On a GPU: {NOT_MEASURED}."
 
 
 def _sentence(run: Figures, passes: Sequence[Pass]) -> str:

@@ -20,8 +20,9 @@ _HARMLESS = (
     "All",
 )
 
-# Largest utilisation before a run: the fraction of the last second or less in which a kernel ran.
-_MOST_BUSY = 0.05
+# Largest utilisation of a GPU that counts as unused: the fraction of the last second or less in which
+# a kernel ran.
+MOST_BUSY = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +199,9 @@ def reasons(before: Reading, readings: Sequence[Reading], processes: Collection[
     found = []
     if others := _strangers(before, {os.getpid()} & {*before.processes}):
         found.append(f"before the run, {others} used the GPU")
-    if before.busy is not None and before.busy > _MOST_BUSY:
+    if before.busy is not None and before.busy > MOST_BUSY:
         found.append(
-            f"the GPU was busy {before.busy:.0%} of the time before the run "
-            f"(limit {_MOST_BUSY:.0%})"
+            f"the GPU was busy {before.busy:.0%} of the time before the run (limit {MOST_BUSY:.0%})"
         )
     met = dict.fromkeys(text for one in readings if (text := _strangers(one, processes)))
     found += [f"during the run, {others} used the GPU" for others in met]

@@ -69,7 +69,9 @@ def _outcome_of(rows: Sequence[Row]) -> StepOutcome:
             if isinstance(first, CheckRow)
             else "report this with the name of the GPU and the versions of the packages"
         )
-        return StepOutcome("FAIL", f"{len(failed)} of {len(rows)} checks failed; the first: {what}", fix)
+        return StepOutcome(
+            "FAIL", f"{len(failed)} of {len(rows)} checks failed; the first: {what}", fix
+        )
     if not measured:
         return StepOutcome("SKIP", _reason(rows))
     skipped = len(rows) - len(measured)

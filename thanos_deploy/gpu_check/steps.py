@@ -40,9 +40,6 @@ _LOOK = 0.25
 # Seconds for which the driver may still list a process that has ended.
 _FORGET = 5.0
 
-# Largest utilisation, as a fraction, of a GPU that counts as unused while no step runs.
-_MOST_BUSY = 0.05
-
 _PR_SET_PDEATHSIG = 1
 
 
@@ -197,7 +194,7 @@ def _write(journal: Path, row: StepRow) -> None:
 
 
 def _interrupted(step: Step, journal: Path) -> StepRow:
-    kept = len(list(_own(journal, step)))
+    kept = len(list(_rows_of_current_step(journal)))
     return StepRow(
         step.name,
         "FAIL",
@@ -239,8 +236,8 @@ def _one(
         finally:
             _stop(process)
         progress(math.ceil(step.seconds), math.ceil(step.seconds))
-        ended = _heard(receiver)
-    rows = [row for row in _own(journal, step) if not isinstance(row, StepRow)]
+        ended = _received(receiver)
+    rows = [row for row in _rows_of_current_step(journal) if not isinstance(row, StepRow)]
     if stopped:
         ended = StepOutcome(
             "FAIL", f"stopped at its limit of {limit:.0f} s; {len(rows)} rows are kept",
@@ -306,8 +303,8 @@ def _child(step: Step, task: Task, journal: Path, log: Path | None, pipe: Connec
     pipe.close()
 
 
-def _own(journal: Path, step: Step) -> Iterator[Row]:
-    """Yield the rows of the current step: those after the last `StepRow`."""
+def _rows_of_current_step(journal: Path) -> Iterator[Row]:
+    """Yield the rows after the last `StepRow`."""
     rows = read_journal(journal)
     last = max((n for n, row in enumerate(rows, 1) if isinstance(row, StepRow)), default=0)
     yield from rows[last:]
@@ -325,7 +322,7 @@ def _stop(process: ForkServerProcess) -> None:
         process.join(wait)
 
 
-def _heard(pipe: Connection) -> StepOutcome | None:
+def _received(pipe: Connection) -> StepOutcome | None:
     """Return the outcome that a process has sent; None if it ended without one."""
     try:
         if not pipe.poll():
@@ -362,7 +359,7 @@ def _others(card: nvml.Monitor | None) -> tuple[str, ...]:
     ends = time.monotonic() + _FORGET
     while (reading := _reading(card)) is not None:
         busy = reading.busy or 0.0
-        if not reading.processes and busy <= _MOST_BUSY:
+        if not reading.processes and busy <= nvml.MOST_BUSY:
             return ()
         if time.monotonic() > ends:
             held = reading.memory_bytes
