@@ -20,8 +20,8 @@ _HARMLESS = (
     "All",
 )
 
-# Largest utilisation of a GPU that counts as unused: the fraction of the last second or less in which
-# a kernel ran.
+# Largest utilisation of a GPU that counts as unused: the fraction of the last second or less in
+# which a kernel ran.
 MOST_BUSY = 0.05
 
 

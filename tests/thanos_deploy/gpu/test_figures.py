@@ -10,7 +10,7 @@ from benchmarks import pages
 from tests.gpu_rows import CARD, RECORDS, ROWS
 from thanos_deploy.gpu import figures as gpu_figures
 from thanos_deploy.gpu import records as gpu_records
-from thanos_deploy.gpu.figures import figures, from_json, on_gpu, sentences, to_json
+from thanos_deploy.gpu.figures import figures, from_json, sentences, to_json
 from thanos_deploy.gpu.records import Records
 from thanos_deploy.gpu.rows import StepRow
 from thanos_deploy.pattern import parse
@@ -62,10 +62,10 @@ def test_a_sentence_names_card_date_command_and_figures(measured: None) -> None:
         assert part in said
     assert "decode-1x512 took 2.50 ms on torch:sparse, dense 5.00 ms on torch:eager" in said
     assert "so 2.00x as fast" in said
-    assert "25% of the parameters cut out" in on_gpu(parse("structured:0.3"))
+    assert "25% of the parameters cut out" in " ".join(sentences(parse("structured:0.3")))
     assert [*sentences(parse("2:4"), card="H100")] == [said]
     for nothing in ("4:8", "unstructured:0.5"):
-        assert on_gpu(parse(nothing)) == "On a GPU: not measured (no GPU)."
+        assert [*sentences(parse(nothing))] == []
     assert [*sentences(parse("2:4"), card="A100")] == []
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_does_not_count_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     found = figures(Records((*ROWS, busy)))
     assert found is not None
     monkeypatch.setattr(gpu_figures, "published", lambda: (found,))
-    assert "That run is INVALID (another process used the GPU" in on_gpu(parse("2:4"))
+    assert "That run is INVALID (another process used the GPU" in next(sentences(parse("2:4")))
     text = publishing.section([Records((*ROWS, busy))])
     assert "INVALID" in text
     assert "- another process used the GPU: process 7, 4.0 GB" in text
