@@ -28,20 +28,14 @@ from runtime.engine import Ids, Logits
 from runtime.graph import Binding, Graph
 from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
-from runtime.rows import Rows
-
-# Tokens of each sequence that `read_once` reads at once.
-_PIECE = 128
-
-# New buffers have room for more tokens than needed now by this factor.
-_HEADROOM = 1.25
+from runtime.rows import HEADROOM, PIECE, Rows
 
 
 def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
     """See `ServingEngine.logits`."""
     prompts = [row[real == 1].tolist() for row, real in zip(ids, mask, strict=True)]
     reading = InPlaceReading(graph, prompts, Prefixes(graph, 0), None)
-    while (logits := reading.read(_PIECE * len(prompts))) is None:
+    while (logits := reading.read(PIECE * len(prompts))) is None:
         if given_up():
             raise CancelledError
     return logits
@@ -130,7 +124,7 @@ class InPlaceRows(Rows):
         if tokens <= self._room:
             return
         old, kept = self._buffers, self._room
-        wanted = max(int(_HEADROOM * tokens), self._least_room)
+        wanted = max(int(HEADROOM * tokens), self._least_room)
         self._room = max(min(wanted, self._graph.max_sequence), tokens)
         self._bound.clear()
         self._buffers = self._allocate(self._most, self._room)

@@ -26,23 +26,17 @@ from runtime.engine import Ids, Logits
 from runtime.graph import Graph
 from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
-from runtime.rows import Rows
-
-# Tokens of each sequence that `read_once` reads in one run of the graph.
-_PIECE = 128
-
-# New buffers are made for a past longer than needed now by this factor.
-_HEADROOM = 1.25
+from runtime.rows import HEADROOM, PIECE, Rows
 
 
 def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
     """See `ServingEngine.logits`."""
     cache: Sequence[Tensor] = graph.empty_cache(len(ids))
     # In pieces, because a run makes the logits of all its positions.
-    for start in range(0, ids.shape[1], _PIECE):
+    for start in range(0, ids.shape[1], PIECE):
         if given_up():
             raise CancelledError
-        end = start + _PIECE
+        end = start + PIECE
         last, cache = graph.run(ids[:, start:end], mask[:, :end], cache)
     return last
 
@@ -163,7 +157,7 @@ class PaddedRows(Rows):
     def _room(self, past: int) -> list[Tensor]:
         """The spare buffers as a cache of another past, to be written before `_turn`."""
         if self._spare_room < past:
-            self._spare_room = max(int(_HEADROOM * past) + 1, self._least_room)
+            self._spare_room = max(int(HEADROOM * past) + 1, self._least_room)
             # The buffers may be large: free the old ones before the new ones are allocated.
             self._spare = []
             self._spare = self._allocate(self._most, self._spare_room)

@@ -8,6 +8,12 @@ from runtime.engine import Ids
 from runtime.graph import Graph
 from runtime.memory import Tensor
 
+# Tokens of each sequence that `read_once` of the engines reads in one run of the graph.
+PIECE = 128
+
+# A cache that has become too small is replaced by one with this many times the needed room.
+HEADROOM = 1.25
+
 
 class Rows(ABC):
     """The rows of a batch and their KV cache; when a row leaves, the last row takes its number.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from runtime import floats
 from runtime.engine import Ids, Logits, require_readable, require_room
+from runtime.graph import TOKEN_INPUTS
 from thanos_deploy.bundle.engine_record import BuildRecord, Built, EngineResult, read_build
 from thanos_deploy.bundle.layout import BUILD, ENGINE, engine_folder
 from thanos_deploy.bundle.manifest import Bundle
@@ -25,7 +26,6 @@ from thanos_deploy.model.rope import Change, change_in
 COMMAND = "thanos-deploy export {bundle} --target tensorrt"
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PREFILL, _DECODE = 0, 1  # the order of the profiles in `exporters.tensorrt.profiles`
 
 
@@ -178,7 +178,7 @@ class TensorRTEngine:
         self._device = _Device(cudart)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        self._past = [name for name in inputs if name not in _TOKEN_INPUTS]
+        self._past = [name for name in inputs if name not in TOKEN_INPUTS]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         # [batch, heads, past, dim]: heads and dim may differ from block to block.
         self._sizes = {name: tuple(engine.get_tensor_shape(name)) for name in self._past}
@@ -222,7 +222,7 @@ class TensorRTEngine:
         if self._change is not None:
             self._change.require_alike(self._mask.sum(axis=1))
         positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
-        for name, array in zip(_TOKEN_INPUTS, (ids, self._mask, positions), strict=True):
+        for name, array in zip(TOKEN_INPUTS, (ids, self._mask, positions), strict=True):
             array = np.ascontiguousarray(array, dtype=np.int64)
             context.set_input_shape(name, array.shape)
             context.set_tensor_address(name, device.upload(name, array))

@@ -12,7 +12,6 @@ the buckets of tokens, each with its faster kernel. Among the selections whose t
 
 import logging
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from runtime.kernels import linears, timing
 from runtime.kernels.linears import Multiply
+from runtime.kernels.operator import Held, by_tokens, hold
 from runtime.kernels.packed import require_dtype
 from thanos_deploy import __version__
 from thanos_deploy.bundle import files
@@ -162,21 +162,10 @@ class _Table:
     rows: tuple[Row, ...]
 
 
-def bucket(tokens: int) -> int:
-    """Return the index of the bucket for a number of tokens."""
-    return bisect_left(ENDS, tokens)
-
-
-def dense(weight: Tensor, name: str) -> Multiply:
-    """Make the dense product of a weight; a maker like those of `linears.MAKERS`."""
-    held = weight.contiguous()
-    return lambda x, bias: nn.functional.linear(x, held, bias)
-
-
 def makers() -> dict[str, Maker]:
     """Return the candidates: the dense product and the 2:4 kernels, except `_COMPARISON`."""
     others = {name: make for name, make in linears.MAKERS.items() if name != _COMPARISON}
-    return {DENSE: dense, **others}
+    return {DENSE: partial(hold, DENSE), **others}
 
 
 def fastest(timed: Sequence[Timed]) -> tuple[str, ...]:
@@ -404,16 +393,26 @@ def replace(model: nn.Module, names: Sequence[str], rows: Mapping[Shape, Row]) -
     Raises:
         InputError: a weight is not 2:4; the message names the layer.
     """
-    known = makers()
 
-    def make(weight: Tensor, name: str) -> Multiply:
-        chosen = rows[Shape.of(weight, name)].chosen
-        held = {kernel: known[kernel](weight, name) for kernel in dict.fromkeys(chosen)}
-        by_bucket = [held[kernel] for kernel in chosen]
-        # A branch on a shape, so a CUDA graph records the kernel for its number of tokens.
-        return lambda x, bias: by_bucket[bucket(len(x))](x, bias)
+    def make(weight: Tensor, name: str) -> Held:
+        return held_by(rows[Shape.of(weight, name)].chosen, weight, name)
 
     linears.exchange(model, names, make)
+
+
+def held_by(chosen: Sequence[str], weight: Tensor, name: str) -> Held:
+    """Pack a weight for the kernels that were chosen for it.
+
+    Args:
+        chosen: name of the kernel for each bucket.
+        weight: [outputs, inputs].
+        name: name of the layer, for the message of an error.
+
+    Raises:
+        InputError: the weight is not 2:4.
+    """
+    held = {kernel: hold(kernel, weight, name) for kernel in dict.fromkeys(chosen)}
+    return by_tokens([held[kernel] for kernel in chosen], ENDS)
 
 
 def shapes_of(model: nn.Module, names: Sequence[str]) -> list[Shape]:

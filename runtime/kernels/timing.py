@@ -12,10 +12,11 @@ from math import nan
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from runtime.kernels import linears
 from runtime.kernels.linears import Multiply
+from runtime.kernels.operator import hold
 from thanos_deploy.errors import DeployError, PlatformError
 from thanos_deploy.progress import OnProgress, silent
 
@@ -232,8 +233,7 @@ def rotation(weight: Tensor) -> int:
 
 
 def _dense(weight: Tensor, name: str) -> Multiply:
-    held = weight.clone()
-    return lambda x, bias: nn.functional.linear(x, held, bias)
+    return hold("dense", weight.clone(), name)
 
 
 def _make(kernel: str, weight: Tensor, samples: int) -> list[Multiply] | Exception:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels import blockwise, choice
-from runtime.kernels.operator import Held, by_tokens, hold
+from runtime.kernels.operator import Held
 from thanos_deploy.model.packing import unpack_anywhere
 
 
@@ -24,9 +24,7 @@ def held_by(values: Tensor, mask: Tensor, name: str) -> Held:
     if values.device.type == "cpu":
         return Held("blockwise", blockwise.from_packed(values, mask), len(values))
     weight = unpack_anywhere(values, mask, 2 * values.shape[1])
-    chosen = _chosen(weight, name)
-    held = {kernel: hold(kernel, weight, name) for kernel in set(chosen)}
-    return by_tokens([held[kernel] for kernel in chosen], choice.ENDS)
+    return choice.held_by(_chosen(weight, name), weight, name)
 
 
 def _chosen(weight: Tensor, name: str) -> tuple[str, ...]:

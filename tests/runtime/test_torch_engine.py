@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
 from runtime.engines.torch import VARIANTS, engine_of
 from runtime.generate import generate
-from runtime.kernels import choice, linears
+from runtime.kernels import choice, linears, operator
 from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
@@ -275,7 +276,9 @@ def test_the_sparse_variant_measures_once_and_keeps_that_beside_the_bundle(
 
     origin = choice.Origin(card="fake", torch="2", triton=None, tool="1")
     monkeypatch.setattr(choice.Origin, "here", lambda: origin)
-    monkeypatch.setattr(choice, "makers", lambda: {choice.DENSE: choice.dense, "again": _again})
+    monkeypatch.setitem(operator._KERNELS, "again", operator._KERNELS[choice.DENSE])
+    candidates = {name: partial(operator.hold, name) for name in (choice.DENSE, "again")}
+    monkeypatch.setattr(choice, "makers", lambda: candidates)
     monkeypatch.setattr(choice, "replayed", clock)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     checkpoint = Checkpoint.open(exported_two_four("llama") / "model")
@@ -293,10 +296,6 @@ def test_the_sparse_variant_measures_once_and_keeps_that_beside_the_bundle(
     assert len(clocked) == 2 * len(choice.TOKENS) * len(rows)
     np.testing.assert_array_equal(logits[1], logits[0])
     np.testing.assert_array_equal(logits[2], logits[0])
-
-
-def _again(weight: torch.Tensor, name: str) -> linears.Multiply:
-    return lambda x, bias: nn.functional.linear(x, weight, bias)
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def _gradients(
     """
     ranks, batch, beside = current(), visit.walk.batches[number], dense.batches[number]
     first, stop, _ = rows.indices(batch.shape[0])
-    holder = batch.shard % ranks.size
+    holder = ranks.owner_of(batch.shard)
     parts = [slice(first + one.start, first + one.stop) for one in even(stop - first, _PARTS)]
     sums = OrderedSum(ranks, len(parts), holder)
     whole = (batch.hidden, beside.left) if ranks.rank == holder else None

@@ -112,6 +112,11 @@ class Divergence:
         return float(self._nats) / self._positions
 
 
+def _prompt_tokens(segments: Tensor) -> int:
+    """Return how many tokens of a segment are the beginning that a model continues."""
+    return min(_PROMPT, segments.shape[1] // 2)
+
+
 @torch.inference_mode()
 def written_by(model: PreTrainedModel, segments: Tensor, longest: int) -> Tensor:
     """Continue the beginnings of segments greedily with a model.
@@ -126,7 +131,7 @@ def written_by(model: PreTrainedModel, segments: Tensor, longest: int) -> Tensor
     Returns:
         int64[texts, prompt + tokens].
     """
-    prompt = min(_PROMPT, segments.shape[1] // 2)
+    prompt = _prompt_tokens(segments)
     found = [segments[:_TEXTS, :prompt].to(model.device)]
     cache = None
     for _ in range(min(_WRITTEN, longest - prompt)):
@@ -152,7 +157,7 @@ def compared(
     """
     first = max(frame, 1) - 1
     same = likeliest[:, first:-1] == outputs.likeliest[:, first:-1]
-    prompt = min(_PROMPT, likeliest.shape[1] // 2)
+    prompt = _prompt_tokens(likeliest)
     right = continued[:, prompt - 1 : -1] == outputs.written[:, prompt:]
     return Fidelity(
         divergence=divergence,

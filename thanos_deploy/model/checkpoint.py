@@ -166,6 +166,15 @@ class Checkpoint:
         """Full names of the linear layers of all blocks, in the order of the forward pass."""
         return tuple(name for block in self.blocks for name in block.full_names)
 
+    def entries_of_block(self, index: int) -> dict[str, int]:
+        """Map the name of each parameter of a block, relative to it, to its number of entries."""
+        prefix = f"{self.family.blocks}.{index}."
+        return {
+            name.removeprefix(prefix): math.prod(self.weights.shapes[stored])
+            for name, stored in self.weights.stored.items()
+            if name.startswith(prefix)
+        }
+
     def linear(self, name: str) -> Tensor:
         """Read the weight of a linear layer, [outputs, inputs], in the dtype that it is stored in.
 

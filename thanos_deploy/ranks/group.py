@@ -47,9 +47,13 @@ class Ranks:
         """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
+    def owner_of(self, shard: int) -> int:
+        """Return the rank to which a shard of the calibration data belongs."""
+        return shard % self.size
+
     def owns(self, shard: int) -> bool:
         """Whether a shard of the calibration data belongs to this rank."""
-        return shard % self.size == self.rank
+        return self.owner_of(shard) == self.rank
 
     def turns(self, shards: int) -> int:
         """Number of turns for this many shards, if every rank computes one shard in each turn."""

@@ -78,14 +78,9 @@ def check(checkpoint: Checkpoint, fraction: float) -> None:
 
 def block_parameters(checkpoint: Checkpoint) -> list[int]:
     """Return the number of parameters of each block, from the shapes in the checkpoint."""
-    sizes = [0] * len(checkpoint.blocks)
-    numbers = {block.prefix: number for number, block in enumerate(checkpoint.blocks)}
-    for name, stored in checkpoint.weights.stored.items():
-        if name.startswith(f"{checkpoint.family.blocks}."):
-            depth = checkpoint.family.blocks.count(".") + 2
-            prefix = ".".join(name.split(".")[:depth]) + "."
-            sizes[numbers[prefix]] += math.prod(checkpoint.weights.shapes[stored])
-    return sizes
+    return [
+        sum(checkpoint.entries_of_block(index).values()) for index in range(len(checkpoint.blocks))
+    ]
 
 
 @torch.no_grad()

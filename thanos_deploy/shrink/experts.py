@@ -127,7 +127,7 @@ def check_fit(checkpoint: Checkpoint, fit: Fit) -> None:
 def block_parameters(checkpoint: Checkpoint, width: Widths, index: int) -> int:
     """Return the number of parameters of a block at its own widths or at smaller ones."""
     names, before = _names(checkpoint), checkpoint.widths[index]
-    own = _sizes(checkpoint, index)
+    own = checkpoint.entries_of_block(index)
     if not before.experts:
         return sum(own.values())
     _, one, channel = _prices(checkpoint, names)
@@ -308,25 +308,15 @@ def _experts(visit: Visit, names: Experts) -> list[Expert]:
     return [one for one in held.children() if isinstance(one, Expert)]
 
 
-def _sizes(checkpoint: Checkpoint, index: int) -> dict[str, int]:
-    """Map the name of each parameter of a block, relative to it, to its number of entries."""
-    weights, prefix = checkpoint.weights, f"{checkpoint.family.blocks}.{index}."
-    return {
-        name.removeprefix(prefix): math.prod(weights.shapes[stored])
-        for name, stored in weights.stored.items()
-        if name.startswith(prefix)
-    }
-
-
 def _prices(checkpoint: Checkpoint, names: Experts) -> tuple[int, int, int]:
     """Count the parameters of all blocks, of one expert, and of one channel of an expert.
 
     An expert's own rows of the router are counted with it.
     """
     indices = range(len(checkpoint.widths))
-    whole = sum(sum(_sizes(checkpoint, index).values()) for index in indices)
+    whole = sum(sum(checkpoint.entries_of_block(index).values()) for index in indices)
     index = next(index for index in indices if checkpoint.widths[index].experts)
-    before, sizes = checkpoint.widths[index], _sizes(checkpoint, index)
+    before, sizes = checkpoint.widths[index], checkpoint.entries_of_block(index)
     first = {name: size for name, size in sizes.items() if name.startswith(f"{names.module}.0.")}
     router = sum(size for name, size in sizes.items() if name.startswith(f"{names.router}."))
     kept = sum(size for name, size in first.items() if name == f"{names.consumer(0)}.bias")

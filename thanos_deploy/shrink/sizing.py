@@ -119,16 +119,11 @@ class Plan:
 def cost(checkpoint: Checkpoint, index: int) -> Cost:
     """Count the parameters of one block and its parts, from the shapes in the checkpoint."""
     family, width = checkpoint.family, checkpoint.widths[index]
-    prefix = f"{family.blocks}.{index}."
-    sizes = {
-        name: math.prod(checkpoint.weights.shapes[stored])
-        for name, stored in checkpoint.weights.stored.items()
-        if name.startswith(prefix)
-    }
+    sizes = checkpoint.entries_of_block(index)
 
     def parameters(layer: str, of: int, *, bias: bool = True) -> int:
         """Return the parameters of one of `of` equal parts of a layer."""
-        names = [f"{prefix}{layer}.weight", *([f"{prefix}{layer}.bias"] if bias else [])]
+        names = [f"{layer}.weight", *([f"{layer}.bias"] if bias else [])]
         return sum(sizes.get(name, 0) for name in names) // of
 
     heads, channels = family.heads, family.channels

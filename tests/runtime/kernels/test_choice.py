@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from runtime.kernels import choice, linears
+from runtime.kernels import choice, linears, operator
 from runtime.kernels.choice import DENSE, TOKENS, Origin, Row, Shape, Timed
 from runtime.kernels.linears import Multiply
 from thanos_deploy.errors import InputError, PlatformError
@@ -66,15 +66,6 @@ def test_every_bucket_gets_the_faster_of_the_two_kernels_that_are_best_together(
     # Beyond 16 tokens dense times of 10, 20 and 100 s are slower, as a product, than 20, 15 and 60.
     assert row.chosen == ("few", "few", "few", "few", "many", "many")
     assert [one.seconds for one in row.timed] == list(COSTS.values())
-
-
-@pytest.mark.parametrize(
-    ("tokens", "index"), [(1, 0), (2, 1), (4, 1), (5, 2), (16, 2), (17, 3), (256, 4), (257, 5)]
-)
-def test_a_number_of_tokens_is_in_the_bucket_that_ends_at_or_after_it(
-    tokens: int, index: int
-) -> None:
-    assert choice.bucket(tokens) == index
 
 
 _SECONDS = st.lists(st.floats(1e-6, 1.0), min_size=6, max_size=6).map(tuple)
@@ -230,29 +221,32 @@ def test_a_bundle_that_cannot_be_written_to_has_its_file_in_the_cache(
     assert choice.folder(engines, "sm90") == cached
 
 
-@pytest.mark.usefixtures("known")
-def test_a_layer_takes_the_kernel_of_its_tokens_and_holds_no_other() -> None:
+def test_a_layer_takes_the_kernel_of_its_tokens_and_holds_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     used: list[tuple[str, str | int]] = []
 
-    def spy(kernel: str) -> choice.Maker:
-        def make(weight: Tensor, name: str) -> Multiply:
+    def spy(kernel: str) -> operator._Kernel:
+        def hold(weight: Tensor, name: str) -> tuple[Tensor, ...]:
             used.append((kernel, name))
+            return (weight,)
 
-            def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-                used.append((kernel, len(x)))
-                return nn.functional.linear(x, weight, bias)
+        def multiply(
+            x: Tensor, held: Sequence[Tensor], bias: Tensor | None, outputs: int
+        ) -> Tensor:
+            used.append((kernel, len(x)))
+            return nn.functional.linear(x, held[0], bias)
 
-            return multiply
+        return operator._Kernel(lambda weight, name: None, hold, 1, multiply)
 
-        return make
-
-    linears.MAKERS.update(few=spy("few"), many=spy("many"))
+    for name in ("few", "many"):
+        monkeypatch.setitem(operator._KERNELS, name, spy(name))
     model = nn.ModuleDict({"up": nn.Linear(64, 32, dtype=torch.bfloat16)})
     reference = model["up"]
     rows = {SHAPE: Row(SHAPE, ("few", "few", DENSE, DENSE, DENSE, DENSE), ())}
     assert choice.shapes_of(model, ["up"]) == [SHAPE]
     choice.replace(model, ["up"], rows)
-    for shape in ((1, 64), (2, 2, 64), (5, 64), (1, 300, 64)):
+    for shape in ((1, 64), (2, 2, 64), (5, 64), (16, 64), (1, 300, 64)):
         x = torch.randn(shape, dtype=torch.bfloat16)
         torch.testing.assert_close(model["up"](x), reference(x))
     assert used == [("few", "up"), ("few", 1), ("few", 4)]
