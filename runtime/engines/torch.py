@@ -308,16 +308,16 @@ def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None)
         return
     import torch
 
-    from runtime.kernels import choice, linears
+    from runtime.kernels import choice, kernel_times, linears
 
     if variant != "sparse":
         linears.replace(model, names, variant)
         return
     capability = torch.cuda.get_device_capability(model.device)
-    rows = choice.rows_for(
+    rows = kernel_times.rows_for(
         choice.shapes_of(model, names),
-        choice.folder(keep, "sm{}{}".format(*capability)) / choice.FILE,
-        choice.Origin.here(),
+        kernel_times.folder(keep, "sm{}{}".format(*capability)) / kernel_times.FILE,
+        kernel_times.Origin.here(),
         lambda shapes: choice.measure(
             shapes, choice.replayed, candidates=choice.makers(), device=str(model.device)
         ),

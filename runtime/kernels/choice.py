@@ -2,7 +2,7 @@
 
 No kernel wins everywhere: at one token a product is limited by reading the weight, at thousands by
 the tensor cores, and a library may lose to the dense product at sizes that it was not tuned for. So
-all kernels are timed once on the GPU at hand, and the result is kept in a file for the next start.
+all kernels are timed once on the GPU at hand; `kernel_times` keeps the result for the next start.
 
 Every kernel reads the weight in a layout of its own, so a layer holds a copy of the weight for each
 kernel that it uses, two at most. The time of such a selection of kernels is the geometric mean over
@@ -11,13 +11,11 @@ the buckets of tokens, each with its faster kernel. Among the selections whose t
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from math import exp, inf, log
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
@@ -27,18 +25,12 @@ from runtime.kernels import linears, timing
 from runtime.kernels.linears import Multiply
 from runtime.kernels.operator import Held, by_tokens, hold
 from runtime.kernels.packed import require_dtype
-from thanos_deploy import __version__
-from thanos_deploy.bundle import files
-from thanos_deploy.bundle.codec import decode_format, encode, loads
 from thanos_deploy.errors import DeployError, PlatformError
-from thanos_deploy.machine import environment
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.progress import OnProgress, silent
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "thanos-deploy/kernels/1"
-FILE = "kernels.json"
 DENSE = "dense"
 
 # Not a candidate: the search of cuSPARSELt includes this algorithm.
@@ -128,38 +120,6 @@ class Row:
     shape: Shape
     chosen: tuple[str, ...]
     timed: tuple[Timed, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """GPU and versions for which a measurement is valid.
-
-    Attributes:
-        card: name of the GPU.
-        torch, triton, tool: versions; triton is None where it is not installed.
-    """
-
-    card: str
-    torch: str
-    triton: str | None
-    tool: str
-
-    @classmethod
-    def here(cls) -> "Origin":
-        """Return the current GPU and the installed versions."""
-        libraries = environment.describe().libraries
-        return cls(
-            torch.cuda.get_device_name(), torch.__version__, libraries.get("triton"), __version__
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """The content of the file: measurements, and the GPU and versions that they are valid for."""
-
-    format: str
-    origin: Origin
-    rows: tuple[Row, ...]
 
 
 def makers() -> dict[str, Maker]:
@@ -286,100 +246,6 @@ def replayed(calls: Sequence[Callable[[], object]]) -> float:
     """Return the median seconds of one call in a CUDA graph of all calls; the clock for a GPU."""
     times = -(-timing.LEAST_CALLS // len(calls))
     return median(timing.replayed([*calls] * times, samples=_SAMPLES, warmup=_WARMUP))
-
-
-def read(path: Path, origin: Origin) -> tuple[Row, ...]:
-    """Read the rows of a file that was measured on the same GPU with the same versions.
-
-    A file of another origin, or one that cannot be read, is no error, because everything can be
-    measured again: the result is empty and a warning is logged.
-    """
-    try:
-        table = decode_format(_Table, loads(path.read_bytes()), FORMAT)
-        _require_known(table.rows)
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "%s: the kernels are measured again, because this file is not readable (%s)",
-            path,
-            error,
-        )
-        return ()
-    if table.origin != origin:
-        logger.warning(
-            "%s: the kernels are measured again, because this file is for %s; this is %s",
-            path,
-            table.origin,
-            origin,
-        )
-        return ()
-    return table.rows
-
-
-def write(path: Path, origin: Origin, rows: Sequence[Row]) -> None:
-    """Write rows to a file, for `read`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_json(path, encode(_Table(FORMAT, origin, tuple(rows))))
-
-
-def _require_known(rows: Sequence[Row]) -> None:
-    """Refuse rows that choose a kernel that was not timed or no longer exists.
-
-    Raises:
-        ValueError: there is such a row, or one with another number of buckets.
-    """
-    for row in rows:
-        known = {one.kernel for one in row.timed} & makers().keys()
-        if len(row.chosen) != len(TOKENS) or not known.issuperset(row.chosen):
-            raise ValueError(f"{row.chosen} chosen for {row.shape}")
-
-
-def folder(keep: Path | None, architecture: str) -> Path:
-    """Return the folder for the file of measurements.
-
-    Args:
-        keep: the folder of a bundle's engines; None if there is no bundle.
-        architecture: architecture of the GPU, such as "sm90".
-
-    Returns:
-        A folder in `keep`, or in the cache folder of thanos-deploy if there is no bundle or it
-        cannot be written to.
-    """
-    if keep is None or not os.access(keep if keep.exists() else keep.parent, os.W_OK):
-        keep = environment.cache_folder()
-    return keep / f"torch-{architecture}"
-
-
-def rows_for(
-    shapes: Sequence[Shape],
-    path: Path,
-    origin: Origin,
-    measured: Callable[[Sequence[Shape]], tuple[Row, ...]],
-) -> dict[Shape, Row]:
-    """Return the rows for some shapes: from a file, and measured if the file lacks them.
-
-    The memory that the layers will take is logged.
-
-    Args:
-        shapes: shapes of all layers, repeated for every layer.
-        path: the file; it has all rows afterwards.
-        origin: this GPU and these versions.
-        measured: measures the shapes that are missing.
-    """
-    rows = {row.shape: row for row in read(path, origin)}
-    missing = [shape for shape in dict.fromkeys(shapes) if shape not in rows]
-    if missing:
-        logger.warning("measuring the kernels for %d shapes of layers: %s", len(missing), path)
-        rows |= {row.shape: row for row in measured(missing)}
-        write(path, origin, list(rows.values()))
-    logger.info(
-        "%s: the linear layers take %d bytes of memory; dense layers would take %d",
-        path,
-        sum(shape.outputs * shape.inputs * bits(rows[shape].chosen) // 8 for shape in shapes),
-        sum(shape.outputs * shape.inputs * _DENSE_BITS // 8 for shape in shapes),
-    )
-    return rows
 
 
 def replace(model: nn.Module, names: Sequence[str], rows: Mapping[Shape, Row]) -> None:

@@ -8,7 +8,7 @@ product is not a candidate, because it would need the dense weight beside the pa
 import torch
 from torch import Tensor
 
-from runtime.kernels import blockwise, choice
+from runtime.kernels import blockwise, choice, kernel_times
 from runtime.kernels.operator import Held
 from thanos_deploy.model.packing import unpack_anywhere
 
@@ -31,10 +31,10 @@ def _chosen(weight: Tensor, name: str) -> tuple[str, ...]:
     """The kernel for each bucket of tokens; measured unless a file has the measurements."""
     shape = choice.Shape.of(weight, name)
     capability = torch.cuda.get_device_capability(weight.device)
-    rows = choice.rows_for(
+    rows = kernel_times.rows_for(
         [shape],
-        choice.folder(None, "sm{}{}".format(*capability)) / choice.FILE,
-        choice.Origin.here(),
+        kernel_times.folder(None, "sm{}{}".format(*capability)) / kernel_times.FILE,
+        kernel_times.Origin.here(),
         lambda shapes: choice.measure(
             shapes, choice.replayed, candidates=choice.makers(), device=str(weight.device)
         ),

@@ -16,7 +16,7 @@ from runtime.engine import open_engine
 from runtime.engines import torch as torch_engine
 from runtime.engines.torch import VARIANTS, engine_of
 from runtime.generate import generate
-from runtime.kernels import choice, linears, operator
+from runtime.kernels import choice, kernel_times, linears, operator
 from runtime.static.replay import Eager
 from runtime.static.room import Room
 from runtime.static.steps import StaticSteps
@@ -274,8 +274,8 @@ def test_the_sparse_variant_measures_once_and_keeps_that_beside_the_bundle(
         clocked.append(calls)
         return 1.0 if len(clocked) % 2 else 2.0
 
-    origin = choice.Origin(card="fake", torch="2", triton=None, tool="1")
-    monkeypatch.setattr(choice.Origin, "here", lambda: origin)
+    origin = kernel_times.Origin(card="fake", torch="2", triton=None, tool="1")
+    monkeypatch.setattr(kernel_times.Origin, "here", lambda: origin)
     monkeypatch.setitem(operator._KERNELS, "again", operator._KERNELS[choice.DENSE])
     candidates = {name: partial(operator.hold, name) for name in (choice.DENSE, "again")}
     monkeypatch.setattr(choice, "makers", lambda: candidates)

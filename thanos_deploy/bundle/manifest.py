@@ -7,6 +7,8 @@ at any moment, and repeating the command continues after the last complete stage
 keep a journal in another hidden folder, which remains when a run is killed.
 
 Nothing in a manifest is an absolute path, so a bundle can be moved.
+
+Only `Bundle` changes a manifest, so all that does is in this file, which is longer than others.
 """
 
 import shutil

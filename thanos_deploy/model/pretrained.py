@@ -6,7 +6,8 @@ A checkpoint can bring Python of its own (`auto_map` in its JSON files, `custom_
 attention kernels that a library fetches from a hub and runs. transformers asks on the terminal
 whether to run the model's own Python, unless it is told not to; every call here tells it not to. A
 model whose architecture is part of transformers loads without its own code. Any other is refused.
-`tests/thanos_deploy/test_pretrained.py` checks that no other module calls `from_pretrained`.
+`tests/thanos_deploy/model/test_pretrained.py` checks that no other module calls a function that
+could run such code, which is why this file is longer than others.
 """
 
 import json

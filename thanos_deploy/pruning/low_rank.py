@@ -23,7 +23,7 @@ _RATE = 4e-4
 
 
 class LowRank:
-    """Low-rank updates of the non-zero weights, as a `recover.Student`.
+    """Low-rank updates of the non-zero weights, as a `student.Student`.
 
     Every rank holds all of U and V and takes the same steps, but holds only its own rows of the
     weights.
@@ -53,19 +53,19 @@ class LowRank:
             self._pairs.append((torch.zeros(rows, inner, device=device), right.to(device)))
         self.learned = [Part(one) for pair in self._pairs for one in pair]
         # The weights contain the rounding of every step, so U and V cannot reproduce them.
-        self.made = [Part(learner.own(name), name) for name in names]
+        self.derived = [Part(learner.own(name), name) for name in names]
         # The values of U and V whose products the weights already contain.
         self._added = [(left.clone(), right.clone()) for left, right in self._pairs]
 
-    def receive(self) -> None:
-        """See `recover.Student`."""
+    def set_gradients(self) -> None:
+        """See `student.Student`."""
         for name, kept, (left, right) in zip(self._names, self._kept, self._pairs, strict=True):
             gradient = self._learner.whole(self._learner.gradient(name).mul_(kept), name)
             left.grad, right.grad = gradient @ right.T, left.T @ gradient
         torch.nn.utils.clip_grad_norm_([one.tensor for one in self.learned], 1.0)
 
     def resume(self) -> None:
-        """See `recover.Student`."""
+        """See `student.Student`."""
         self._note_added()
 
     def _note_added(self) -> None:
@@ -74,8 +74,8 @@ class LowRank:
             for now, before in zip(pair, added, strict=True):
                 before.copy_(now)
 
-    def settle(self) -> None:
-        """See `recover.Student`."""
+    def update_weights(self) -> None:
+        """See `student.Student`."""
         for name, kept, pair, added in zip(
             self._names, self._kept, self._pairs, self._added, strict=True
         ):

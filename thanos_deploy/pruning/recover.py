@@ -11,8 +11,9 @@ products are in bfloat16 where the device multiplies it natively.
 
 The sequences of a step are split into parts, which are the same for every number of ranks. Ranks
 compute parts side by side, gradients are added up in the order of the parts, and each rank takes
-the step for its shard of the weights. A `Student` defines what is trained: here the weights
-themselves, in `low_rank` low-rank updates, and in `train_scales` the scales of a quantised model.
+the step for its shard of the weights. A `student.Student` defines what is trained: the weights
+themselves, low-rank updates of them (`low_rank`), or the scales of a quantised model
+(`train_scales`).
 """
 
 import logging
@@ -23,7 +24,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from thanos_deploy.model.weights_copy import WeightsCopy
 from thanos_deploy.progress import OnProgress, silent
 from thanos_deploy.pruning.low_rank import LowRank
 from thanos_deploy.pruning.result import Recovery
+from thanos_deploy.pruning.student import KeptWeights, Student
 from thanos_deploy.pruning.training_journal import Reached, TrainingJournal
 from thanos_deploy.ranks.group import current
 from thanos_deploy.ranks.schedule import even
@@ -56,7 +57,6 @@ def unwatched(step: int, model: PreTrainedModel) -> None:
 
 
 # These values measured best on held-out text; see benchmarks/LOG.md.
-LEARNING_RATE = 4e-4
 _TOKENS_A_STEP = 2048
 _WARM_UP = 0.1  # fraction of the steps
 
@@ -107,13 +107,17 @@ def recover(
         ResourceError: both models do not fit into the GPU's memory.
     """
     names = [f"{one}.weight" for one in pruned.linears]
+
+    def student_of(learner: Sharded) -> Student:
+        if update_rank:
+            return LowRank(learner, names, update_rank, seed)
+        return KeptWeights(learner, names)
+
     learner, lesson = distil(
         pruned,
         dense,
         segments,
-        lambda learner: (
-            LowRank(learner, names, update_rank, seed) if update_rank else _Kept(learner, names)
-        ),
+        student_of,
         count=count,
         seed=seed,
         device=device,
@@ -124,63 +128,6 @@ def recover(
     started = time.perf_counter()
     write(learner, pruned, destination)
     return replace(lesson, seconds=lesson.seconds + time.perf_counter() - started)
-
-
-class Student(Protocol):
-    """The trained tensors of a model, from which its weights are computed."""
-
-    @property
-    def learned(self) -> Sequence[Part]:
-        """The tensors that AdamW changes in place; the same tensors on every call."""
-        ...
-
-    @property
-    def made(self) -> Sequence[Part]:
-        """Tensors updated step by step that `learned` cannot reproduce to the last bit."""
-        ...
-
-    @property
-    def rate(self) -> float:
-        """The largest learning rate of AdamW."""
-        ...
-
-    def receive(self) -> None:
-        """Set the gradients of `learned` from the gradients of the model's weights."""
-        ...
-
-    def settle(self) -> None:
-        """Update the model's weights from `learned`."""
-        ...
-
-    def resume(self) -> None:
-        """Continue after `learned` and `made` have been restored to their values after a step."""
-        ...
-
-
-class _Kept:
-    """The non-zero weights themselves as a `Student`; each rank trains its rows of them."""
-
-    rate = LEARNING_RATE
-    made: Sequence[Part] = ()
-
-    def __init__(self, learner: Sharded, names: Sequence[str]) -> None:
-        self._learner, self._names = learner, names
-        self.learned = [Part(learner.own(name), name) for name in names]
-        self._kept = [weight.tensor != 0 for weight in self.learned]
-
-    def receive(self) -> None:
-        """See `Student`."""
-        gradients = [self._learner.gradient(name) for name in self._names]
-        for weight, gradient, keep in zip(self.learned, gradients, self._kept, strict=True):
-            # With a gradient of zero, Adam's moments are zero too, and the weight does not move.
-            weight.tensor.grad = gradient.mul_(keep)
-        _clip(self._learner, self._names, 1.0)
-
-    def settle(self) -> None:
-        """See `Student`."""
-
-    def resume(self) -> None:
-        """See `Student`."""
 
 
 def distil(
@@ -295,10 +242,10 @@ def _train(
             if turn is not None:
                 total += found
         divergence.append(total)
-        student.receive()
+        student.set_gradients()
         optimiser.step()
         schedule.step()
-        student.settle()
+        student.update_weights()
         learner.forget_gradients()
         told(step + 1, len(batches))
         watch(step + 1, model)
@@ -322,7 +269,7 @@ def _together(divergence: list[Tensor]) -> list[float]:
 
 def _state(student: Student, optimiser: torch.optim.AdamW) -> dict[str, Part]:
     """The tensors from which the training can continue, by name."""
-    parts = {f"made.{number}": part for number, part in enumerate(student.made)}
+    parts = {f"made.{number}": part for number, part in enumerate(student.derived)}
     for number, part in enumerate(student.learned):
         parts[f"learned.{number}"] = part
         moments = optimiser.state[part.tensor]
@@ -366,17 +313,6 @@ class _Divergence:
     """One rank's part of the divergence from the dense model in each step, in nats per token."""
 
     nats: tuple[float, ...]
-
-
-def _clip(learner: Sharded, names: Sequence[str], most: float) -> None:
-    """Scale the gradients so that their norm over all weights is at most `most`."""
-    rows = [
-        learner.whole(learner.gradient(name).double().square().sum(dim=1), name) for name in names
-    ]
-    norm = torch.cat(rows).sum().sqrt()
-    scale = (most / (norm + 1e-6)).clamp(max=1.0).float()
-    for name in names:
-        learner.gradient(name).mul_(scale)
 
 
 def _pull(learned: Tensor, wanted: Tensor, heads: tuple[Head, Head], tokens: int) -> Tensor:

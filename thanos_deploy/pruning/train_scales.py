@@ -102,10 +102,10 @@ def train_scales(
 
 
 class Scales:
-    """The scales of a quantised model as a `recover.Student`."""
+    """The scales of a quantised model as a `student.Student`."""
 
     rate = _RATE
-    made: Sequence[Part] = ()
+    derived: Sequence[Part] = ()
 
     def __init__(self, learner: Sharded, layers: Mapping[str, Quantised]) -> None:
         """Begin with the scales of the quantised layers.
@@ -132,7 +132,7 @@ class Scales:
         """The layers with their current scales, by name."""
         return {name: self._layer(name) for name in self._start}
 
-    def receive(self) -> None:
+    def set_gradients(self) -> None:
         """See `Student`."""
         for name, start in self._start.items():
             stored = f"{name}.weight"
@@ -144,9 +144,9 @@ class Scales:
 
     def resume(self) -> None:
         """See `Student`."""
-        self.settle()
+        self.update_weights()
 
-    def settle(self) -> None:
+    def update_weights(self) -> None:
         """See `Student`."""
         for name in self._start:
             weight = turned(self._learner.model.get_submodule(name), self._layer(name).weight)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from runtime.kernels import choice, linears, operator
-from runtime.kernels.choice import DENSE, TOKENS, Origin, Row, Shape, Timed
+from runtime.kernels import choice, kernel_times, linears, operator
+from runtime.kernels.choice import DENSE, TOKENS, Row, Shape, Timed
+from runtime.kernels.kernel_times import Origin
 from runtime.kernels.linears import Multiply
 from thanos_deploy.errors import InputError, PlatformError
 from thanos_deploy.machine import environment
@@ -161,7 +162,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("known")
 def test_a_measurement_is_read_back_and_only_new_shapes_are_measured(tmp_path: Path) -> None:
-    path = tmp_path / "engines" / "torch-sm90" / choice.FILE
+    path = tmp_path / "engines" / "torch-sm90" / kernel_times.FILE
     asked = []
 
     def measure(shapes: Sequence[Shape]) -> tuple[Row, ...]:
@@ -169,11 +170,11 @@ def test_a_measurement_is_read_back_and_only_new_shapes_are_measured(tmp_path: P
         return tuple(Row(shape, measured().chosen, measured().timed) for shape in shapes)
 
     other = Shape(8, 16, "fp16")
-    rows = choice.rows_for([SHAPE, SHAPE], path, HERE, measure)
-    assert choice.rows_for([SHAPE], path, HERE, measure) == rows == {SHAPE: measured()}
-    assert set(choice.rows_for([SHAPE, other], path, HERE, measure)) == {SHAPE, other}
+    rows = kernel_times.rows_for([SHAPE, SHAPE], path, HERE, measure)
+    assert kernel_times.rows_for([SHAPE], path, HERE, measure) == rows == {SHAPE: measured()}
+    assert set(kernel_times.rows_for([SHAPE, other], path, HERE, measure)) == {SHAPE, other}
     assert asked == [[SHAPE], [other]]
-    assert len(choice.read(path, HERE)) == 2
+    assert len(kernel_times.read(path, HERE)) == 2
 
 
 @pytest.mark.usefixtures("known")
@@ -189,12 +190,12 @@ def test_a_measurement_is_read_back_and_only_new_shapes_are_measured(tmp_path: P
 def test_a_file_of_another_gpu_or_version_is_measured_anew_and_that_is_said(
     tmp_path: Path, change: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / choice.FILE
-    choice.write(path, HERE, [measured()])
-    assert choice.read(path, HERE)
+    path = tmp_path / kernel_times.FILE
+    kernel_times.write(path, HERE, [measured()])
+    assert kernel_times.read(path, HERE)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with caplog.at_level(logging.WARNING):
-        assert choice.read(path, HERE) == ()
+        assert kernel_times.read(path, HERE) == ()
     assert said in caplog.text
     assert "measured again" in caplog.text
 
@@ -203,22 +204,22 @@ def test_a_file_of_another_gpu_or_version_is_measured_anew_and_that_is_said(
 def test_a_kernel_that_there_is_no_more_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / choice.FILE
-    choice.write(path, HERE, [measured()])
+    path = tmp_path / kernel_times.FILE
+    kernel_times.write(path, HERE, [measured()])
     monkeypatch.setattr(linears, "MAKERS", {})
-    assert choice.read(path, HERE) == ()
+    assert kernel_times.read(path, HERE) == ()
 
 
 def test_a_bundle_that_cannot_be_written_to_has_its_file_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = tmp_path / "engines"
-    assert choice.folder(engines, "sm90") == engines / "torch-sm90"
+    assert kernel_times.folder(engines, "sm90") == engines / "torch-sm90"
     cached = environment.cache_folder() / "torch-sm90"
-    assert choice.folder(None, "sm90") == cached
+    assert kernel_times.folder(None, "sm90") == cached
     # Root may write everywhere, whatever the permissions.
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    assert choice.folder(engines, "sm90") == cached
+    assert kernel_times.folder(engines, "sm90") == cached
 
 
 def test_a_layer_takes_the_kernel_of_its_tokens_and_holds_no_other(

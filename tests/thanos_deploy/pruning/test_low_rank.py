@@ -62,13 +62,13 @@ def test_gradients_and_weights_are_those_of_the_definition() -> None:
         (0.01 * (exact * slope.double()).tanh().sum()).backward()
         learner.weight.grad = None
         (0.01 * (learner.weight * slope).tanh().sum()).backward()
-        student.receive()
+        student.set_gradients()
         for found, wanted in zip(learned, (u.grad, v.grad), strict=True):
             assert found.grad is not None
             assert wanted is not None
             torch.testing.assert_close(found.grad.double(), wanted, rtol=1e-4, atol=1e-7)
             found.sub_(torch.randn(found.shape, generator=generator))
-        student.settle()
+        student.update_weights()
     assert torch.equal(learner.weight == 0, start == 0)
 
 

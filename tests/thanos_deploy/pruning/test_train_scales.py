@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_a_float64_model(tiny_llama: Path, tmp_path: Pat
         }
         logits = torch.func.functional_call(exact, made, (SEGMENTS[:2],)).logits
         logits.square().mean().backward()
-    student.receive()
+    student.set_gradients()
     for part, factor in zip(student.learned, factors.values(), strict=True):
         found = part.tensor
         assert found.grad is not None

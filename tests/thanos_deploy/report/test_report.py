@@ -1,3 +1,8 @@
+"""A report says what the files of a bundle say, on one bundle and on several.
+
+The tests share the bundles that they write, so they are in one long file.
+"""
+
 import json
 from dataclasses import replace
 from pathlib import Path
