@@ -71,7 +71,7 @@ def test_logits_are_those_of_the_engine(
 def test_long_prompts_are_read_in_pieces(
     client: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.padded._PIECE", 7)
+    monkeypatch.setattr("runtime.padded.PIECE", 7)
     ids = np.arange(100).reshape(2, 50)
     mask = (np.arange(50) >= [[20], [0]]).astype(np.int64)
     answer = client.infer("tiny", [tensor("input_ids", ids), tensor("attention_mask", mask)])
