@@ -36,6 +36,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return content
 
 
+def test_without_a_number_of_key_value_heads_every_query_head_has_its_own() -> None:
+    config = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
+    for one in (config, {**config, "num_key_value_heads": None}):
+        assert Dimensions.of(one).kv_heads == config["num_attention_heads"]
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_loader_is_asked_about_every_family(make_model: MakeModel, model_type: str) -> None:
     folder = make_model(model_type)
