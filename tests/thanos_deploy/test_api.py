@@ -463,7 +463,7 @@ def test_errors_are_those_of_the_command(
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"shrink": "head"}, "shrink 'head'"),
+        ({"shrink": "head"}, "shrink: 'head' is not one of"),
         ({"dtype": "fp8"}, "fp8"),
         ({"preset": "bets"}, "bets"),
         ({"recover": -1}, "-1"),
