@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from runtime.kernels import choice
-from runtime.kernels.choice import DENSE, TOKENS, Row, Shape, bits
+from runtime.kernels.choice import DENSE, Row, Shape, bits
 from thanos_deploy import __version__
 from thanos_deploy.bundle import files
 from thanos_deploy.bundle.codec import decode_format, encode, loads
@@ -100,7 +100,7 @@ def _require_known(rows: Sequence[Row]) -> None:
     """
     for row in rows:
         known = {one.kernel for one in row.timed} & choice.makers().keys()
-        if len(row.chosen) != len(TOKENS) or not known.issuperset(row.chosen):
+        if len(row.chosen) != len(choice.TOKENS) or not known.issuperset(row.chosen):
             raise ValueError(f"{row.chosen} chosen for {row.shape}")
 
 
