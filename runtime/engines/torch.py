@@ -306,22 +306,13 @@ def _exchange(model: Any, names: Sequence[str], variant: str, keep: Path | None)
     """Replace the linear layers of a model with those of a variant."""
     if variant in ("eager", "compiled"):
         return
-    import torch
 
     from runtime.kernels import choice, kernel_times, linears
 
     if variant != "sparse":
         linears.replace(model, names, variant)
         return
-    capability = torch.cuda.get_device_capability(model.device)
-    rows = kernel_times.rows_for(
-        choice.shapes_of(model, names),
-        kernel_times.folder(keep, "sm{}{}".format(*capability)) / kernel_times.FILE,
-        kernel_times.Origin.here(),
-        lambda shapes: choice.measure(
-            shapes, choice.replayed, candidates=choice.makers(), device=str(model.device)
-        ),
-    )
+    rows = kernel_times.rows_here(choice.shapes_of(model, names), model.device, keep)
     choice.replace(model, names, rows)
 
 

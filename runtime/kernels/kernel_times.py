@@ -120,6 +120,25 @@ def folder(keep: Path | None, architecture: str) -> Path:
     return keep / f"torch-{architecture}"
 
 
+def rows_here(shapes: Sequence[Shape], device: torch.device, keep: Path | None) -> dict[Shape, Row]:
+    """Return the rows for some shapes on this GPU; see `rows_for` and `folder`.
+
+    Args:
+        shapes: shapes of all layers, repeated for every layer.
+        device: the GPU.
+        keep: the folder of a bundle's engines; None if there is no bundle.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    return rows_for(
+        shapes,
+        folder(keep, "sm{}{}".format(*capability)) / FILE,
+        Origin.here(),
+        lambda missing: choice.measure(
+            missing, choice.replayed, candidates=choice.makers(), device=str(device)
+        ),
+    )
+
+
 def rows_for(
     shapes: Sequence[Shape],
     path: Path,

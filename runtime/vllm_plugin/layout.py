@@ -5,7 +5,6 @@ tokens, as for the engine `torch:sparse`; see `runtime.kernels.choice`. Unlike t
 product is not a candidate, because it would need the dense weight beside the packed one.
 """
 
-import torch
 from torch import Tensor
 
 from runtime.kernels import blockwise, choice, kernel_times
@@ -30,13 +29,5 @@ def held_by(values: Tensor, mask: Tensor, name: str) -> Held:
 def _chosen(weight: Tensor, name: str) -> tuple[str, ...]:
     """The kernel for each bucket of tokens; measured unless a file has the measurements."""
     shape = choice.Shape.of(weight, name)
-    capability = torch.cuda.get_device_capability(weight.device)
-    rows = kernel_times.rows_for(
-        [shape],
-        kernel_times.folder(None, "sm{}{}".format(*capability)) / kernel_times.FILE,
-        kernel_times.Origin.here(),
-        lambda shapes: choice.measure(
-            shapes, choice.replayed, candidates=choice.makers(), device=str(weight.device)
-        ),
-    )
+    rows = kernel_times.rows_here([shape], weight.device, None)
     return choice.fastest([one for one in rows[shape].timed if one.kernel != choice.DENSE])

@@ -185,14 +185,14 @@ class Journal(Generic[R]):
 
     def _intact_entries(self) -> Iterator[_Entry]:
         """Yield the entries from the first on, as far as they and their parameters are intact."""
+
+        def read(content: Json) -> _Entry:
+            entry = decode(_Entry, content)
+            decode(self._report, entry.report)
+            return entry
+
         index = 0
-        while (path := self._entry(index)).exists():
-            try:
-                entry = decode(_Entry, journal_folder.unsealed(path))
-                decode(self._report, entry.report)
-            except ValueError as error:
-                logger.warning("%s: damaged, so what it records is done again: %s", path, error)
-                return
+        while (entry := journal_folder.found(self._entry(index), read)) is not None:
             if not intact(self.folder, entry.parameters):
                 return
             yield entry

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -77,10 +77,18 @@ def unsealed(path: Path) -> Json:
     return content.entry
 
 
-def found(path: Path, cls: type[T]) -> T | None:
-    """Read a record that `seal` wrote; None if it is missing, or damaged, which is logged."""
+def found(path: Path, read: Callable[[Json], T]) -> T | None:
+    """Read a record that `seal` wrote.
+
+    Args:
+        path: its file.
+        read: makes the record of the sealed entry; a ValueError means that it is damaged.
+
+    Returns:
+        the record; None if it is missing, or damaged, which is logged.
+    """
     try:
-        return decode(cls, unsealed(path))
+        return read(unsealed(path))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -19,11 +19,12 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from thanos_deploy.bundle.codec import encode
+from thanos_deploy.bundle.codec import decode, encode
 from thanos_deploy.bundle.files import FileRecord, Json, file_record
 from thanos_deploy.calibration import journal_folder
 from thanos_deploy.model.tensorfile import Kind, TensorFile, bytes_of
@@ -100,7 +101,7 @@ class TrainingJournal:
     def _opened(self, owner: Json) -> _State:
         journal_folder.claim(self._folder, owner)
         state, path = _State(), self._folder / _STATE
-        found = journal_folder.found(path, _State)
+        found = journal_folder.found(path, partial(decode, _State))
         if found is not None and journal_folder.intact(self._folder, found.files):
             state = found
         if state.reached.step:

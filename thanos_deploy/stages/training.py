@@ -7,12 +7,13 @@ quantisation.
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from thanos_deploy.bundle import files, layout
-from thanos_deploy.bundle.codec import encode, loads
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration import journal_folder
 from thanos_deploy.calibration.frame import frame_of
@@ -179,7 +180,7 @@ def _own_text(
     found = _Drawn()
     if ranks.is_first:
         journal_folder.claim(folder, journals.owner)
-        found = journal_folder.found(kept, _Drawn) or found
+        found = journal_folder.found(kept, partial(decode, _Drawn)) or found
     found = ranks.from_first(found)
     if not found.rows:
         found = _drawn(source, text, request, announce)
