@@ -19,7 +19,6 @@ prompt, after a cached prefix or after its first piece, is read one row at a tim
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,7 @@ from runtime.engine import Ids, Logits
 from runtime.graph import Binding, Graph
 from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
-from runtime.rows import HEADROOM, PIECE, Rows
+from runtime.rows import HEADROOM, PIECE, Rows, RowsReading
 
 
 def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
@@ -151,44 +150,33 @@ class InPlaceRows(Rows):
         ]
 
 
-class InPlaceReading:
-    """Prefill of new rows of an `InPlaceRows`; see `runtime.engine.Reading`."""
+class InPlaceReading(RowsReading[InPlaceRows]):
+    """Prefill of new rows of an `InPlaceRows`."""
 
     def __init__(
         self,
         graph: Graph,
         prompts: Sequence[Sequence[int]],
         prefixes: Prefixes,
-        rows: InPlaceRows | None,
+        batch: InPlaceRows | None,
     ) -> None:
-        """Start with the prefixes of the prompts that are in the prefix cache.
-
-        Args:
-            graph: computes the KV caches.
-            prompts: the prompts of the newcomers.
-            prefixes: the prefix cache.
-            rows: the batch that takes the newcomers when they are read; None for newcomers of
-                which only the logits are wanted.
-        """
-        self._prompts = list(map(tuple, prompts))
-        self._prefixes = prefixes
-        self._rows = rows
+        """Start with the prefixes of the prompts that are in the prefix cache."""
+        # The buffers of newcomers hold nothing but their prompts.
+        newcomers = InPlaceRows(graph, len(prompts), room=max(map(len, prompts)))
+        super().__init__(prompts, prefixes, newcomers, batch)
         # The logits after each prompt, once they are known: float32[vocabulary].
         self._logits: list[NDArray[np.float32] | None] = [None] * len(prompts)
-        # The buffers of newcomers hold nothing but their prompts.
-        self._newcomers = InPlaceRows(graph, len(prompts), room=max(map(len, prompts)))
-        self._newcomers.add(np.zeros(len(prompts), np.int64))
+        newcomers.add(np.zeros(len(prompts), np.int64))
         for row, prompt in enumerate(self._prompts):
-            self._newcomers.recall(row, prefixes.find(prompt))
-        self.reused = int(self._newcomers.lengths.sum())
+            newcomers.recall(row, prefixes.find(prompt))
+        self.reused = int(newcomers.lengths.sum())
 
     @property
     def left(self) -> int:
         """See `Reading.left`."""
         return sum(map(len, self._prompts)) - int(self._newcomers.lengths.sum())
 
-    def read(self, tokens: int) -> Logits | None:
-        """See `Reading.read`."""
+    def _read_piece(self, tokens: int) -> Logits | None:
         longest = max(map(len, self._prompts))
         if not self._newcomers.lengths.any() and len(self._prompts) * longest <= tokens:
             self._read_together(longest)
@@ -196,10 +184,6 @@ class InPlaceReading:
             self._read_one_by_one(tokens)
         if self.left:
             return None
-        for row, prompt in enumerate(self._prompts):
-            self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
-        if self._rows is not None:
-            self._rows.extend(self._newcomers)
         return np.stack([one for one in self._logits if one is not None])
 
     def _read_together(self, longest: int) -> None:
@@ -224,7 +208,6 @@ class InPlaceReading:
 
     def abandon(self, newcomer: int) -> None:
         """See `Reading.abandon`."""
-        self._newcomers.remove(newcomer)
-        self._prompts[newcomer], self._logits[newcomer] = self._prompts[-1], self._logits[-1]
-        self._prompts.pop()
+        super().abandon(newcomer)
+        self._logits[newcomer] = self._logits[-1]
         self._logits.pop()

@@ -18,7 +18,6 @@ that the graph runs on; see `runtime.memory`.
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from runtime.engine import Ids, Logits
 from runtime.graph import Graph
 from runtime.memory import Tensor
 from runtime.prefixes import Block, Prefixes, covered
-from runtime.rows import HEADROOM, PIECE, Rows
+from runtime.rows import HEADROOM, PIECE, Rows, RowsReading
 
 
 def read_once(graph: Graph, ids: Ids, mask: Ids, given_up: Callable[[], bool]) -> Logits:
@@ -176,18 +175,18 @@ class PaddedRows(Rows):
         self._past = past
 
 
-class PaddedReading:
-    """Prefill of new rows of a `PaddedRows`; see `runtime.engine.Reading`."""
+class PaddedReading(RowsReading[PaddedRows]):
+    """Prefill of new rows of a `PaddedRows`."""
 
     def __init__(
-        self, graph: Graph, prompts: Sequence[Sequence[int]], prefixes: Prefixes, rows: PaddedRows
+        self, graph: Graph, prompts: Sequence[Sequence[int]], prefixes: Prefixes, batch: PaddedRows
     ) -> None:
         """Start with the prefixes of the prompts that are in the prefix cache."""
-        self._prompts = list(map(tuple, prompts))
-        self._prefixes = prefixes
-        self._rows = rows
-        known = [prefixes.find(prompt) for prompt in prompts]
         self._lengths = np.array(list(map(len, prompts)))
+        # The buffers of newcomers hold nothing but their prompts.
+        newcomers = PaddedRows(graph, len(prompts), room=int(self._lengths.max()))
+        super().__init__(prompts, prefixes, newcomers, batch)
+        known = [prefixes.find(prompt) for prompt in prompts]
         columns = max(
             len(prompt) - covered(its) for prompt, its in zip(prompts, known, strict=True)
         )
@@ -199,34 +198,24 @@ class PaddedReading:
         for row, (prompt, beginning) in enumerate(zip(prompts, beginnings, strict=True)):
             unread = prompt[beginning:]
             self._unread[row, -len(unread) :] = unread
-        # The buffers of newcomers hold nothing but their prompts.
-        self._newcomers = PaddedRows(graph, len(prompts), room=int(self._lengths.max()))
-        self._newcomers.add(len(prompts))
-        self._newcomers.recall(known, beginnings)
+        newcomers.add(len(prompts))
+        newcomers.recall(known, beginnings)
 
     @property
     def left(self) -> int:
         """See `Reading.left`."""
         return self._unread.size
 
-    def read(self, tokens: int) -> Logits | None:
-        """See `Reading.read`."""
+    def _read_piece(self, tokens: int) -> Logits | None:
         columns = max(1, tokens // len(self._unread))
         piece, self._unread = self._unread[:, :columns], self._unread[:, columns:]
         left = self._unread.shape[1]
         logits = self._newcomers.read(piece, np.maximum(self._lengths - left, 0))
-        if left:
-            return None
-        for row, prompt in enumerate(self._prompts):
-            self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
-        self._rows.extend(self._newcomers)
-        return logits
+        return None if left else logits
 
     def abandon(self, newcomer: int) -> None:
         """See `Reading.abandon`."""
-        self._newcomers.remove(newcomer)
-        self._prompts[newcomer] = self._prompts[-1]
-        self._prompts.pop()
+        super().abandon(newcomer)
         for values in (self._lengths, self._unread):
             values[newcomer] = values[-1]
         self._lengths, self._unread = self._lengths[:-1], self._unread[:-1]

@@ -1,12 +1,15 @@
-"""The rows of a batch and their KV cache: the part that does not depend on the layout of a row."""
+"""The rows of a batch and their prefill: the part that does not depend on the layout of a row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Generic, Self, TypeVar
 
-from runtime.engine import Ids
+from runtime.engine import Ids, Logits
 from runtime.graph import Graph
 from runtime.memory import Tensor
+from runtime.prefixes import Prefixes
 
 # Tokens of each sequence that `read_once` of the engines reads in one run of the graph.
 PIECE = 128
@@ -42,6 +45,10 @@ class Rows(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Drop all rows, and free their memory."""
+
+    @abstractmethod
+    def extend(self, others: Self) -> None:
+        """Copy the rows of another batch below the rows of this one."""
 
     @property
     @abstractmethod
@@ -89,3 +96,62 @@ class Rows(ABC):
             self._memory.allocate(rows * like.shape[1] * columns * like.shape[3], like.type)
             for like in self._like
         ]
+
+
+R = TypeVar("R", bound=Rows)
+
+
+class RowsReading(ABC, Generic[R]):
+    """Prefill of newcomers, which then join a batch; see `runtime.engine.Reading`.
+
+    Attributes:
+        reused: see `Reading`.
+    """
+
+    reused: int
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Prefixes,
+        newcomers: R,
+        batch: R | None,
+    ) -> None:
+        """Start with nothing read.
+
+        Args:
+            prompts: the prompts of the newcomers.
+            prefixes: the prefix cache, which takes the prompts when they are read.
+            newcomers: the rows into which the prompts are read; it has none yet.
+            batch: the batch that takes the newcomers when they are read; None for newcomers of
+                which only the logits are wanted.
+        """
+        self._prompts = list(map(tuple, prompts))
+        self._prefixes = prefixes
+        self._newcomers = newcomers
+        self._batch = batch
+
+    @property
+    @abstractmethod
+    def left(self) -> int:
+        """See `Reading.left`."""
+
+    @abstractmethod
+    def _read_piece(self, tokens: int) -> Logits | None:
+        """Read about `tokens` tokens; return the logits after the prompts if nothing is left."""
+
+    def read(self, tokens: int) -> Logits | None:
+        """See `Reading.read`."""
+        logits = self._read_piece(tokens)
+        if logits is not None:
+            for row, prompt in enumerate(self._prompts):
+                self._prefixes.keep(prompt, partial(self._newcomers.copy, row))
+            if self._batch is not None:
+                self._batch.extend(self._newcomers)
+        return logits
+
+    def abandon(self, newcomer: int) -> None:
+        """See `Reading.abandon`."""
+        self._newcomers.remove(newcomer)
+        self._prompts[newcomer] = self._prompts[-1]
+        self._prompts.pop()

@@ -18,6 +18,9 @@ tools        functions that the model may call
 tensors      the Open Inference Protocol's routes for tensors
 operations   the routes for operators: health, version and metrics
 service      the model that is served, and the limits of a request
+forward      forward passes apart from the batch: for logits, and to score prompts
+compiler     compiles the grammars that answers must follow
+one_by_one   the thread and the bounded queue of each of these two
 asked        the options of a request for generation
 answers      brings tokens from the batcher's thread to the event loop, and decodes them to text
 clients      detects clients that have disconnected

@@ -23,9 +23,11 @@ from runtime.server import listening
 from runtime.server.access import EVERYBODY, Access
 from runtime.server.app import application
 from runtime.server.chat import Renderer, open_chat_template
+from runtime.server.compiler import Compiler
 from runtime.server.connections import most_connections, protocol
+from runtime.server.forward import Forward
 from runtime.server.metrics import Metrics
-from runtime.server.service import Compiler, Forward, Limits, Service
+from runtime.server.service import Limits, Service
 from runtime.server.watched import Watched
 from runtime.text import open_tokenizer
 from thanos_deploy.bundle.layout import GRAPH, GRAPH_DATA, ONNX

@@ -1,33 +1,29 @@
 """The model that is served, and the limits of a request."""
 
-import asyncio
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 
-from runtime.batching import Batcher, Busy, Request, Token, token_of
-from runtime.engine import Ids, Logits, ServingEngine
-from runtime.grammars import Grammar, Grammars
+from runtime.batching import Batcher, Request, Token
+from runtime.engine import ServingEngine
+from runtime.grammars import Grammar
 from runtime.server.answers import Answers
 from runtime.server.asked import Asked
 from runtime.server.chat import Renderer
+from runtime.server.compiler import Compiler
 from runtime.server.errors import RefusedError
+from runtime.server.forward import Forward
 from runtime.server.metrics import Metrics
 from runtime.server.watched import Watched
 from runtime.text import Tokenizer
-from thanos_deploy.errors import UsageError
 
 # Most log probabilities in one response: some 50 MB of JSON.
 _LOGPROBS = 400_000
-
-T = TypeVar("T")
 
 # The token ids of one prompt.
 Prompt = tuple[int, ...]
@@ -56,123 +52,6 @@ class Limits:
     tensor_tokens: int | None = None
 
 
-class Forward:
-    """Forward passes apart from the batch, one at a time; the others wait in a queue."""
-
-    def __init__(self, engine: ServingEngine, *, queue: int) -> None:
-        """Start with an empty queue.
-
-        Args:
-            engine: runs the forward passes.
-            queue: largest number of forward passes that wait.
-        """
-        self._engine = engine
-        self._room = threading.Semaphore(queue + 1)
-        self._worker = ThreadPoolExecutor(1, "forward")
-        self._closing = threading.Event()
-
-    async def logits(self, ids: Ids, mask: Ids | None) -> Logits:
-        """Return the logits after the last tokens, float32[batch, vocabulary].
-
-        The arguments are those of `Engine.prefill`.
-
-        Raises:
-            Busy: the queue is full.
-            UsageError: the engine cannot read the ids.
-        """
-        return await self._run(lambda given_up: self._engine.logits(ids, mask, given_up))
-
-    async def score(self, prompts: Sequence[Prompt], alternatives: int) -> list[list[Token]]:
-        """Return the tokens of each prompt with their log probabilities; the first token has none.
-
-        Args:
-            prompts: the ids of each prompt, at least one.
-            alternatives: number of likeliest tokens that are reported beside each token.
-
-        Raises:
-            Busy: the queue is full.
-            InputError: the graph gives the logits after the last token only.
-            UsageError: the engine cannot read a prompt.
-        """
-
-        def score(given_up: Callable[[], bool]) -> list[list[Token]]:
-            scored = []
-            for prompt in prompts:
-                tokens, following = [Token(prompt[0], None)], iter(prompt[1:])
-                for part in self._engine.score(prompt, given_up):
-                    # The logits after the last token are for a token beyond the prompt.
-                    tokens += [
-                        token_of(token, row, alternatives)
-                        for row, token in zip(part, following, strict=False)
-                    ]
-                scored.append(tokens)
-            return scored
-
-        return await self._run(score)
-
-    async def _run(self, work: Callable[[Callable[[], bool]], T]) -> T:
-        """Run `work` when its turn comes; its argument returns True once nobody waits for it."""
-        if not self._room.acquire(blocking=False):
-            raise Busy("too many requests wait for a forward pass", fix="try again later")
-        gone = threading.Event()
-        future = self._worker.submit(work, lambda: gone.is_set() or self._closing.is_set())
-        # Cancelled work leaves the queue at once, or stops before its next piece if it is running.
-        future.add_done_callback(lambda _: self._room.release())
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            gone.set()
-
-    def close(self) -> None:
-        """Stop the running forward pass before its next piece, and drop the waiting ones."""
-        self._closing.set()
-        self._worker.shutdown(cancel_futures=True)
-
-
-class Compiler:
-    """Compiles grammars, one at a time; the others wait in a queue."""
-
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int, *, queue: int) -> None:
-        """Start with an empty queue; the first grammar creates a `Grammars` of these arguments."""
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
-        self._grammars: Grammars | None = None
-        self._room = threading.Semaphore(queue + 1)
-        self._worker = ThreadPoolExecutor(1, "grammar")
-
-    async def compile(self, grammar: Callable[[], str]) -> Grammar:
-        """Make a grammar, and compile it.
-
-        Args:
-            grammar: makes the grammar; called on the thread that compiles it.
-
-        Raises:
-            Busy: the queue is full.
-            UsageError: the form of the answer cannot be read; see also `Grammars.compile`.
-            PlatformError, InputError: see `Grammars`.
-        """
-        if not self._room.acquire(blocking=False):
-            raise Busy("too many forms for answers wait to be compiled", fix="try again later")
-        future = self._worker.submit(self._compile, grammar)
-        future.add_done_callback(lambda _: self._room.release())
-        return await asyncio.wrap_future(future)
-
-    def close(self) -> None:
-        """Drop the waiting grammars, and do not wait for the one that is being compiled."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
-
-    def _compile(self, grammar: Callable[[], str]) -> Grammar:
-        if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer, self._vocabulary)
-        try:
-            written = grammar()
-        except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"the form of the answer cannot be read: {error}", fix="send valid JSON"
-            ) from error
-        return self._grammars.compile(written)
-
-
 @dataclass(frozen=True, slots=True)
 class Service:
     """One model behind HTTP.
@@ -198,7 +77,7 @@ class Service:
     forward: Forward
     tokenizer: Tokenizer
     renderer: Renderer | None
-    compiler: "Compiler"
+    compiler: Compiler
     limits: Limits
     metrics: Metrics
     watched: Watched = field(default_factory=Watched)
