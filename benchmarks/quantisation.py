@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt -o RESULTS
 
-Takes SmolLM2-135M-Instruct dense, cut by `structured:0.2`, and pruned to 2:4 (preset fast), and
+Takes SmolLM2-135M-Instruct dense, and pruned to `structured:0.2` and to 2:4 (preset fast), and
 quantises the linear layers of its blocks to every grid of the table, in five ways: "rounded";
 "compensated", with error compensation; "tuned", compensated and then with blocks tuned as in the
 preset best; "trained", compensated and then with scales trained, with the dense model as the
@@ -38,7 +38,7 @@ from thanos_deploy.methods import NO_TUNING, Tuning
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.model.load import load_model, load_tokenizer
-from thanos_deploy.pattern import Structured, parse
+from thanos_deploy.pattern import parse
 from thanos_deploy.progress import quietly
 from thanos_deploy.pruning.codes import Codes
 from thanos_deploy.pruning.quantise import QuantisedBlock, quantise_model
@@ -139,9 +139,7 @@ class Bench:
         if pattern == "dense":
             return self.source
         folder.mkdir()
-        wanted = parse(pattern)
-        preset = "best" if isinstance(wanted, Structured) else "fast"
-        request = PruneRequest.of(wanted, preset=preset)
+        request = PruneRequest.of(parse(pattern), preset="fast")
         if isinstance(request.how, Cut):
             losses = survey_blocks(self.source, self.calib, request.how, quietly)
             plan = plan_widths(self.source, losses, request.how)

@@ -37,10 +37,10 @@ def command(model: Path, *options: str) -> list[str]:
     ]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """With the plugin of this tree, and a folder for what is compiled."""
+def environment(cache: Path, *modules: Path) -> dict[str, str]:
+    """With modules, the plugin of this tree, and a folder for what is compiled."""
     own = {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(map(str, (*modules, ROOT))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         # By itself vLLM wants a NUMA node for each rank.
@@ -50,8 +50,14 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[OpenAI]:
-    """A client of a server that is ready; the server ends with the block."""
+def serving(model: Path, *options: str, modules: Sequence[Path] = ()) -> Iterator[OpenAI]:
+    """A client of a server that is ready; the server ends with the block.
+
+    Args:
+        model: the folder to serve; the server's output is a `vllm-*.log` beside it.
+        options: further options of `vllm serve`.
+        modules: folders in which the server's Python looks for modules first.
+    """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -59,7 +65,7 @@ def serving(model: Path, *options: str) -> Iterator[OpenAI]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command(model, "--port", str(port), *options),
-            env=environment(model.parent),
+            env=environment(model.parent, *modules),
             cwd=model.parent,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -71,6 +71,27 @@ def test_vllm_answers_with_a_shrunk_model_as_transformers_does(
         assert greedy(client, folder, PROMPTS) == expected(bundle.model_path)
 
 
+@pytest.mark.slow
+def test_vllm_serves_a_model_without_some_of_its_blocks(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """The first block with a sliding window is dropped, so later ones get other numbers."""
+    model = make_model(
+        "gemma3_text",
+        **SIZES,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=4,
+    )
+    how: td.PruneOptions = {**SMALL, "allocation": "blocks"}
+    bundle = td.prune(model, pattern="structured:0.2", out=tmp_path / "out", **how)
+    config = json.loads((bundle.model_path / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(config["layer_types"]) == 3
+    folder = exported(bundle)
+    with serving(folder, "--enforce-eager") as client:
+        assert greedy(client, folder, PROMPTS) == expected(bundle.model_path)
+
+
 def test_vllm_multiplies_with_the_packed_layers_of_a_mixed_model(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -132,6 +153,32 @@ def test_a_flipped_byte_is_refused_before_weights_are_used(two_four: td.Bundle) 
     said = refusal(folder)
     assert "SHA-256" in said
     assert "fetch the checkpoint again" in said
+
+
+@pytest.mark.slow
+def test_a_config_that_names_other_layers_than_are_packed_is_refused(two_four: td.Bundle) -> None:
+    folder = exported(two_four)
+    config = json.loads((folder / "config.json").read_text())
+    missing = config["quantization_config"]["layers"].pop()
+    (folder / "config.json").write_text(json.dumps(config))
+    said = refusal(folder)
+    assert f"only one of the two has {missing}" in said
+    assert "export the model again" in said
+
+
+@pytest.mark.slow
+def test_an_untested_version_of_vllm_serves_after_one_warning(
+    two_four: td.Bundle, tmp_path: Path
+) -> None:
+    """The tested vLLM, whose record names a later version."""
+    record = tmp_path / "later" / "vllm-99.0+cpu.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 99.0+cpu\n")
+    folder = exported(two_four)
+    with serving(folder, "--enforce-eager", modules=[record.parent]) as client:
+        assert greedy(client, folder, PROMPTS) == expected(two_four.model_path)
+    (log,) = folder.parent.glob("vllm-*.log")
+    assert log.read_text().count("is tested with vLLM 0.32, and this is 99.0+cpu") == 1
 
 
 @pytest.mark.slow
