@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from runtime.sampling import Sampling
 from runtime.server import tools
-from runtime.server.asked import Asked
+from runtime.server.answer_options import AnswerOptions
 from runtime.server.formats import Formed
 from runtime.server.messages import (
     FunctionName,
@@ -164,9 +164,9 @@ class Generation(Formed):
 
     usual_tokens: ClassVar[int | None] = None  # as many as there is room for
 
-    def asked(self) -> Asked:
+    def answer_options(self) -> AnswerOptions:
         """Return the options for generation."""
-        return Asked(
+        return AnswerOptions(
             copies=self.n or 1,
             new_tokens=self.new_tokens,
             usual_tokens=self.usual_tokens,
@@ -231,9 +231,9 @@ class CompletionRequest(Generation):
         """See `Generation`."""
         return self.logprobs
 
-    def asked(self) -> Asked:
+    def answer_options(self) -> AnswerOptions:
         """See `Generation`."""
-        return replace(super().asked(), echo=bool(self.echo))
+        return replace(super().answer_options(), echo=bool(self.echo))
 
     @property
     def prompts(self) -> list[str | list[int]]:

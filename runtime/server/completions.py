@@ -23,9 +23,9 @@ from runtime.server import bodies, schemas
 from runtime.server.answers import Answers, Piece
 from runtime.server.clients import require_present, unless_gone
 from runtime.server.errors import ErrorBody, RefusedError
-from runtime.server.forms import ChatForm, CompletionForm, Form
 from runtime.server.logs import Record, record_of
 from runtime.server.prompts import before_the_deadline, note_prompts, prompt_of
+from runtime.server.responses import ChatResponses, CompletionResponses, Responses
 from runtime.server.service import Prompt, Served, Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -71,13 +71,13 @@ async def completions(
         ]
     )
     note_prompts(request, service, lambda: body.prompts)
-    asked = body.asked()
+    options = body.answer_options()
     echoed: list[list[Token]] = []
-    if asked.echo:
-        service.require_prompts(prompts, asked)
-        echoed = await _echoed(request, service, prompts, asked.alternatives)
-    form = CompletionForm(service.tokenizer, body)
-    return await _respond(request, service, body, prompts, form, echoed=echoed)
+    if options.echo:
+        service.require_prompts(prompts, options)
+        echoed = await _echoed(request, service, prompts, options.alternatives)
+    responses = CompletionResponses(service.tokenizer, body)
+    return await _respond(request, service, body, prompts, responses, echoed=echoed)
 
 
 @router.post("/chat/completions", response_model=schemas.ChatCompletion)
@@ -86,7 +86,7 @@ async def chat(body: bodies.ChatRequest, request: Request, service: Served) -> R
     service.require(body.model)
     prompt = await prompt_of(request, service, body)
     note_prompts(request, service, lambda: [message.for_template() for message in body.messages])
-    return await _respond(request, service, body, [prompt], ChatForm(service.tokenizer, body))
+    return await _respond(request, service, body, [prompt], ChatResponses(service.tokenizer, body))
 
 
 async def _grammar(request: Request, service: Service, body: bodies.Generation) -> Grammar | None:
@@ -120,14 +120,14 @@ async def _respond(
     service: Service,
     body: bodies.CompletionRequest | bodies.ChatRequest,
     prompts: Sequence[Prompt],
-    form: Form,
+    responses: Responses,
     *,
     echoed: Sequence[Sequence[Token]] = (),
 ) -> Response:
     record = record_of(request.scope)
     grammar = await _grammar(request, service, body)
     head = {
-        "id": f"{form.prefix}-{record.request_id}",
+        "id": f"{responses.prefix}-{record.request_id}",
         "created": int(time.time()),
         "model": body.model,
     }
@@ -136,7 +136,11 @@ async def _respond(
     with ExitStack() as stack:
         answers = stack.enter_context(
             service.answer(
-                prompts, body.asked(), arrived=record.started, echoed=echoed, grammar=grammar
+                prompts,
+                body.answer_options(),
+                arrived=record.started,
+                echoed=echoed,
+                grammar=grammar,
             )
         )
         stack.callback(lambda: record.fields.update(_usage(answers)))
@@ -144,7 +148,7 @@ async def _respond(
             pieces = answers.pieces()
             first = await unless_gone(request, anext(pieces))
             events = _events(
-                service, record, form, head, answers, first, pieces, usage=body.include_usage
+                service, record, responses, head, answers, first, pieces, usage=body.include_usage
             )
             return _EventStream(events, stack.pop_all())
         whole = await unless_gone(request, answers.whole())
@@ -152,7 +156,7 @@ async def _respond(
             record.fields["answers"] = [piece.text for piece in whole]
         # Log probabilities make it long, and it must not block the event loop.
         content = await asyncio.to_thread(
-            lambda: form.document(head, whole, _usage(answers)).model_dump_json()
+            lambda: responses.document(head, whole, _usage(answers)).model_dump_json()
         )
         return Response(content, media_type="application/json")
 
@@ -174,7 +178,7 @@ class _EventStream(StreamingResponse):
 async def _events(
     service: Service,
     record: Record,
-    form: Form,
+    responses: Responses,
     head: dict[str, Any],
     answers: Answers,
     first: Piece,
@@ -185,7 +189,7 @@ async def _events(
     texts: defaultdict[int, str] = defaultdict(str)
 
     def event(piece: Piece) -> str:
-        chunk = form.chunk(head, piece, len(texts[piece.index]))
+        chunk = responses.chunk(head, piece, len(texts[piece.index]))
         texts[piece.index] += piece.text
         return _event(chunk)
 
@@ -199,7 +203,7 @@ async def _events(
         async for piece in pieces:
             yield await written(piece)
         if usage:
-            yield _event(form.last_chunk(head, _usage(answers)))
+            yield _event(responses.last_chunk(head, _usage(answers)))
     except RefusedError as refused:
         refused.note(record)
         yield _event(refused.body)

@@ -12,8 +12,8 @@ from starlette.requests import Request as HttpRequest
 from runtime.batching import Batcher, Request, Token
 from runtime.engine import ServingEngine
 from runtime.grammars import Grammar
+from runtime.server.answer_options import AnswerOptions
 from runtime.server.answers import Answers
-from runtime.server.asked import Asked
 from runtime.server.chat import Renderer
 from runtime.server.compiler import Compiler
 from runtime.server.errors import RefusedError
@@ -120,7 +120,7 @@ class Service:
     def answer(
         self,
         prompts: Sequence[Prompt],
-        asked: Asked,
+        options: AnswerOptions,
         *,
         arrived: float,
         echoed: Sequence[Sequence[Token]] = (),
@@ -130,7 +130,7 @@ class Service:
 
         Args:
             prompts: the ids of each prompt, at least one; see `require_prompts`.
-            asked: the options of the request.
+            options: the options of the request.
             arrived: time at which the request came, on the clock `time.monotonic`.
             echoed: the tokens of each prompt, if its answers are to begin with them.
             grammar: the grammar that every answer must follow; None for any text.
@@ -140,44 +140,44 @@ class Service:
             Busy: the batcher's queue is full.
             UsageError: the engine cannot read a prompt.
         """
-        self.require_prompts(prompts, asked)
-        wanted = [self._new_tokens(len(prompt), asked) for prompt in prompts]
+        self.require_prompts(prompts, options)
+        wanted = [self._new_tokens(len(prompt), options) for prompt in prompts]
         requests = [
             Request(
                 prompt,
                 most,
-                sampling=replace(asked.sampling, seed=asked.sampling.seed + copy),
-                stop=self._stop(asked) if grammar is None else asked.stop_ids | self.tokenizer.stop,
+                sampling=replace(options.sampling, seed=options.sampling.seed + copy),
+                stop=self._stop(options, grammar),
                 deadline=arrived + self.limits.deadline_seconds,
-                alternatives=asked.alternatives,
-                bias=asked.bias,
-                min_tokens=min(asked.min_tokens, most),
+                alternatives=options.alternatives,
+                bias=options.bias,
+                min_tokens=min(options.min_tokens, most),
                 constraint=None if grammar is None else grammar.begin(),
             )
             if most
             else None
             for prompt, most in zip(prompts, wanted, strict=True)
-            for copy in range(asked.copies)
+            for copy in range(options.copies)
         ]
         return Answers(
             self.batcher,
             self.tokenizer,
-            [prompt for prompt in prompts for _ in range(asked.copies)],
+            [prompt for prompt in prompts for _ in range(options.copies)],
             requests,
             arrived=arrived,
-            echoed=[tokens for tokens in echoed for _ in range(asked.copies)],
+            echoed=[tokens for tokens in echoed for _ in range(options.copies)],
             prompt_tokens=sum(map(len, prompts)),
-            stop=asked.stop,
+            stop=options.stop,
             metrics=self.metrics,
         )
 
-    def require_prompts(self, prompts: Sequence[Prompt], asked: Asked) -> None:
+    def require_prompts(self, prompts: Sequence[Prompt], options: AnswerOptions) -> None:
         """Refuse a request that exceeds the limits or that the model cannot answer.
 
         Raises:
             RefusedError: the request asks for more than the limits or the model allow.
         """
-        answers = len(prompts) * asked.copies
+        answers = len(prompts) * options.copies
         if answers > self.limits.answers:
             raise RefusedError(
                 400,
@@ -186,16 +186,16 @@ class Service:
                 code="too_many_answers",
                 param="n",
             )
-        self.require_ids(asked.bias, "logit_bias")
-        self.require_ids(asked.stop_ids, "stop_token_ids")
+        self.require_ids(options.bias, "logit_bias")
+        self.require_ids(options.stop_ids, "stop_token_ids")
         for prompt in prompts:
             if not prompt:
                 raise RefusedError(400, "the prompt is empty", code="invalid", param="prompt")
             self.require_ids(prompt, "prompt")
-        tokens = sum(self._new_tokens(len(prompt), asked) for prompt in prompts) * asked.copies
-        if asked.echo:
-            tokens += sum(map(len, prompts)) * asked.copies
-        alternatives = asked.alternatives
+        tokens = sum(self._new_tokens(len(prompt), options) for prompt in prompts) * options.copies
+        if options.echo:
+            tokens += sum(map(len, prompts)) * options.copies
+        alternatives = options.alternatives
         if alternatives is not None and tokens * (1 + alternatives) > _LOGPROBS:
             raise RefusedError(
                 400,
@@ -222,16 +222,19 @@ class Service:
                 param=field,
             )
 
-    def _stop(self, asked: Asked) -> frozenset[int]:
-        return asked.stop_ids | (frozenset() if asked.ignore_eos else self.tokenizer.stop)
+    def _stop(self, options: AnswerOptions, grammar: Grammar | None) -> frozenset[int]:
+        # Only the model's own ids can end an answer whose grammar is complete.
+        if options.ignore_eos and grammar is None:
+            return options.stop_ids
+        return options.stop_ids | self.tokenizer.stop
 
     def retry_after(self) -> int:
         """Estimate the seconds until a slot becomes free, at least 1."""
         return max(1, math.ceil(self.metrics.mean_answer_seconds / self.engine.slots))
 
-    def _new_tokens(self, prompt: int, asked: Asked) -> int:
+    def _new_tokens(self, prompt: int, options: AnswerOptions) -> int:
         """Return the largest number of tokens of an answer to a prompt of `prompt` tokens."""
-        wanted, usual = asked.new_tokens, asked.usual_tokens
+        wanted, usual = options.new_tokens, options.usual_tokens
         # The last token is never fed back to the engine.
         room = self.engine.max_sequence - prompt + 1
         if room < (1 if wanted is None else wanted):

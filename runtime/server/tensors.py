@@ -216,7 +216,7 @@ async def model_ready(name: str, service: Served, version: str = _VERSION) -> Mo
 async def infer(name: str, request: Request, service: Served, version: str = _VERSION) -> Response:
     """Return the logits after the last token of every sequence."""
     _require(service, name, version)
-    asked, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
+    inference, tensors = read(await request.body(), request.headers.get(_JSON_LENGTH))
     ids, mask = _ids_and_mask(tensors)
     if len(ids) > service.engine.slots:
         raise RefusedError(
@@ -237,7 +237,7 @@ async def infer(name: str, request: Request, service: Served, version: str = _VE
     ):
         logits = await unless_gone(request, service.forward.logits(ids, mask))
     # Each sequence has as many logits as the vocabulary has ids: too many for the event loop.
-    return await asyncio.to_thread(_written, asked, service.name, logits)
+    return await asyncio.to_thread(_written, inference, service.name, logits)
 
 
 @router.get("/models/{name:path}/versions/{version}")
@@ -285,22 +285,22 @@ def read(body: bytes, json_length: str | None) -> tuple[InferRequest, dict[str, 
     if end > len(body):
         raise RefusedError(400, f"{_JSON_LENGTH} is {end}; the body has {len(body)} bytes")
     try:
-        asked = InferRequest.model_validate_json(body[:end])
+        inference = InferRequest.model_validate_json(body[:end])
     except ValidationError as error:
         raise misread(error.errors(include_url=False)[0]) from error
     binary = memoryview(body)[end:]
     tensors: dict[str, Ids] = {}
-    for tensor in asked.inputs:
+    for tensor in inference.inputs:
         size = tensor.parameters.binary_data_size
         if (size is None) == (tensor.data is None):
             raise RefusedError(400, f"{tensor.name}: give either data or binary_data_size")
         tensors[tensor.name] = _from_json(tensor) if size is None else _from_bytes(tensor, binary)
         binary = binary[size or 0 :]
-    if len(tensors) < len(asked.inputs):
+    if len(tensors) < len(inference.inputs):
         raise RefusedError(400, "two inputs have the same name")
     if len(binary):
         raise RefusedError(400, f"the body has {len(binary)} bytes after the last input")
-    return asked, tensors
+    return inference, tensors
 
 
 def _from_json(tensor: Input) -> Ids:
@@ -342,18 +342,18 @@ def _ids_and_mask(tensors: dict[str, Ids]) -> tuple[Ids, Ids | None]:
     return ids, mask
 
 
-def _written(asked: InferRequest, model: str, logits: Logits) -> Response:
+def _written(inference: InferRequest, model: str, logits: Logits) -> Response:
     output: dict[str, Any] = {"name": "logits", "datatype": "FP32", "shape": list(logits.shape)}
-    binary = logits.astype("<f4", copy=False).tobytes() if asked.binary_output else b""
-    if asked.binary_output:
+    binary = logits.astype("<f4", copy=False).tobytes() if inference.binary_output else b""
+    if inference.binary_output:
         output["parameters"] = {"binary_data_size": len(binary)}
     else:
         output["data"] = logits.ravel().tolist()
     head = {"model_name": model, "model_version": _VERSION, "outputs": [output]}
-    if asked.id is not None:
-        head["id"] = asked.id
+    if inference.id is not None:
+        head["id"] = inference.id
     content = json.dumps(head).encode()
-    if not asked.binary_output:
+    if not inference.binary_output:
         return Response(content, media_type="application/json")
     return Response(
         content + binary,

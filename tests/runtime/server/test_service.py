@@ -23,8 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from runtime.server import tensors
 from runtime.server.access import read_keys
 from runtime.server.errors import CLIENT_GONE
-from runtime.server.forms import CompletionForm
 from runtime.server.logs import JsonLines
+from runtime.server.responses import CompletionResponses
 from runtime.text import Tokenizer
 from tests.runtime.server.conftest import LIMITS, Running, Serve, serving
 from thanos_deploy.errors import UsageError
@@ -444,8 +444,8 @@ def test_long_answers_are_written_beside_the_event_loop(
         return do
 
     monkeypatch.setattr(tensors, "_written", noted(tensors._written))
-    monkeypatch.setattr(CompletionForm, "chunk", noted(CompletionForm.chunk))
-    monkeypatch.setattr(CompletionForm, "document", noted(CompletionForm.document))
+    monkeypatch.setattr(CompletionResponses, "chunk", noted(CompletionResponses.chunk))
+    monkeypatch.setattr(CompletionResponses, "document", noted(CompletionResponses.document))
     tensor = {"name": "input_ids", "datatype": "INT64", "shape": [1, 1], "data": [1]}
     with server.http() as http:
         assert http.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200

@@ -16,7 +16,7 @@ _CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 _IMPOSSIBLE = -9999.0
 
 
-class Form(Protocol):
+class Responses(Protocol):
     """The response format of one of the routes.
 
     Attributes:
@@ -37,8 +37,8 @@ class Form(Protocol):
         """Return the event with the numbers of tokens."""
 
 
-class CompletionForm:
-    """The response format of /v1/completions; see `Form`."""
+class CompletionResponses:
+    """The response format of /v1/completions; see `Responses`."""
 
     prefix = "cmpl"
 
@@ -49,15 +49,15 @@ class CompletionForm:
     def document(
         self, head: dict[str, Any], pieces: Sequence[Piece], usage: schemas.Usage
     ) -> schemas.Completion:
-        """See `Form`."""
+        """See `Responses`."""
         return self._completion(head, [self._choice(piece, 0) for piece in pieces], usage=usage)
 
     def chunk(self, head: dict[str, Any], piece: Piece, start: int) -> schemas.Completion:
-        """See `Form`."""
+        """See `Responses`."""
         return self._completion(head, [self._choice(piece, start)])
 
     def last_chunk(self, head: dict[str, Any], usage: schemas.Usage) -> schemas.Completion:
-        """See `Form`."""
+        """See `Responses`."""
         return self._completion(head, [], usage=usage)
 
     def _completion(
@@ -99,8 +99,8 @@ class CompletionForm:
         )
 
 
-class ChatForm:
-    """The response format of /v1/chat/completions; see `Form`."""
+class ChatResponses:
+    """The response format of /v1/chat/completions; see `Responses`."""
 
     prefix = "chatcmpl"
 
@@ -115,7 +115,7 @@ class ChatForm:
     def document(
         self, head: dict[str, Any], pieces: Sequence[Piece], usage: schemas.Usage
     ) -> schemas.ChatCompletion:
-        """See `Form`."""
+        """See `Responses`."""
         return schemas.ChatCompletion(
             **head,
             object="chat.completion",
@@ -140,7 +140,7 @@ class ChatForm:
         )
 
     def chunk(self, head: dict[str, Any], piece: Piece, start: int) -> schemas.ChatCompletionChunk:
-        """See `Form`."""
+        """See `Responses`."""
         first = self._called[piece.index]
         text, calls = self._read(piece)
         delta: dict[str, Any] = {} if start else {"role": "assistant"}
@@ -175,7 +175,7 @@ class ChatForm:
         return "tool_calls" if calls else piece.finish
 
     def last_chunk(self, head: dict[str, Any], usage: schemas.Usage) -> schemas.ChatCompletionChunk:
-        """See `Form`."""
+        """See `Responses`."""
         return schemas.ChatCompletionChunk(**head, object=_CHUNK, choices=[], usage=usage)
 
     def _logprobs(self, piece: Piece) -> schemas.ChatLogprobs | None:

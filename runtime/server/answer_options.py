@@ -7,7 +7,7 @@ from runtime.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AnswerOptions:
     """The options that a request gives for its answers.
 
     Attributes:
