@@ -11,8 +11,8 @@ bodies          the request bodies of these routes; parts of them are in message
 schemas         the response bodies of these routes
 responses       turns answers into these responses
 prompts         turns a request into the ids of its prompt; the routes for tokens
-chat            renders messages with the model's chat template, which is in templates; rendering runs
-                the template in a process of its own, template_worker, and talks to it with
+chat            renders messages with the model's chat template, which is in templates; rendering
+                runs the template in a process of its own, template_worker, and talks to it with
                 template_messages
 tools           functions that the model may call
 tensors         the Open Inference Protocol's routes for tensors

@@ -36,7 +36,7 @@ _SHARE = 1 / 8
 _WAITING = 2
 
 
-def holder(place: Place, device: torch.device, size: int) -> torch.device | None:
+def memory_for(place: Place, device: torch.device, size: int) -> torch.device | None:
     """Return the device whose memory holds the hidden states, or None to keep them on disk only.
 
     Args:

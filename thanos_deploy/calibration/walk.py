@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, holder
+from thanos_deploy.calibration.activations import Activations, Place, StoredInputs, memory_for
 from thanos_deploy.calibration.blocks import BlockInputs, block_inputs, shared
 from thanos_deploy.calibration.collect import Walk, advance
 from thanos_deploy.calibration.journal import Journal
@@ -72,7 +72,7 @@ def visit_blocks(
         journal: where to keep every finished block and its report; the blocks that it already has
             are not processed again.
         device: where a block is while it is processed.
-        hold: where the hidden states between two blocks are; see `activations.holder`.
+        hold: where the hidden states between two blocks are; see `activations.memory_for`.
         on_progress: called after every finished block.
 
     Returns:
@@ -271,7 +271,7 @@ def _enter(
             kinds[f"{way}.{number}"] = (dtype, shape)
             if current().owns(one.shard):
                 shards[f"{way}.{number}"] = one.shard
-    held_on = holder(hold, device, 2 * _bytes(kinds[name] for name in shards))
+    held_on = memory_for(hold, device, 2 * _bytes(kinds[name] for name in shards))
     activations = Activations(
         folder,
         index if index else -1,

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thanos_deploy.calibration.activations import Place, holder
+from thanos_deploy.calibration.activations import Place, memory_for
 from thanos_deploy.calibration.order import hessian_bytes, turns
 from thanos_deploy.calibration.sizes import (
     activation_bytes,
@@ -377,7 +377,7 @@ def _memory(
     )
     tokens = (len(segments) + further) * segments.shape[1]
     between = 2 * activation_bytes(checkpoint, tokens, forward, with_dense=ways > 1) // 3
-    kept_on = holder(place, device, between)
+    kept_on = memory_for(place, device, between)
     waits = [Term(WAITING, between)] if kept_on is not None else []
     if device.type == "cpu":
         return Memory((), tuple(waits) + max((tuple(held), (embedding,)), key=total))

@@ -76,7 +76,7 @@ def prune(
             everywhere.
         dtype: dtype to store, or None to keep each tensor's own.
         device: where each block is while it is pruned.
-        hold: where the data between two blocks is; see `activations.holder`.
+        hold: where the data between two blocks is; see `activations.memory_for`.
         journal: keeps every finished block; blocks that it already holds are not pruned again.
         on_progress: called after every finished block.
 

@@ -120,7 +120,7 @@ def shrink(
         further: int64[count, length], tokens that are used for tuning only; None for none.
         dtype: dtype to store, or None to keep each tensor's own.
         device: where each block is while it is cut.
-        hold: where the hidden states between two blocks are; see `activations.holder`.
+        hold: where the hidden states between two blocks are; see `activations.memory_for`.
         journal: see `walk.visit_blocks`.
         on_progress: called after every finished block.
 

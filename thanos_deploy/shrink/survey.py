@@ -60,7 +60,7 @@ def survey(
         multiple: see `Sizing`.
         damping: see `thanos_deploy.solver.hessian.factor`.
         device: where each block is while it is surveyed.
-        hold: where the hidden states between two blocks are; see `activations.holder`.
+        hold: where the hidden states between two blocks are; see `activations.memory_for`.
         journal: see `walk.visit_blocks`.
         on_progress: called after every finished block.
 

@@ -46,7 +46,7 @@ class PruneRequest(Options):
         dtype: dtype to store: "auto" (each tensor's own), "fp32", "fp16" or "bf16".
         device: device to compute on; see `devices.choose`.
         activations: where the activations of the calibration data are kept between two blocks; see
-            `activations.holder`. No result depends on it, so the manifest does not record it.
+            `activations.memory_for`. No result depends on it, so the manifest does not record it.
 
     Raises:
         UsageError: a value is out of range.
