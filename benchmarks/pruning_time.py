@@ -1,7 +1,7 @@
 """Measure the time (in units) and memory of each pruning preset, and where the time goes.
 
 Usage: python -m benchmarks.pruning_time [--model MODEL] [--pattern 2:4 unstructured:0.5 ...]
-           [--preset fast best ...] [--blocks N] [--calib-forward auto]
+           [--preset fast best ...] [--blocks N] [--options JSON]
 
 A unit is the processor time of two plain float32 forward passes of 16384 tokens through the blocks
 of the dense model. Other work on the machine changes processor time less than wall-clock time.
@@ -14,7 +14,8 @@ a table of all runs and one JSON line for each run.
 With `--blocks N` only the first N blocks of the model are pruned, and a unit is measured on these
 blocks alone. The blocks of most models are alike, so the number of units is about that of the whole
 model. The preset "max" trains the remaining weights and runs the output head for that, so it can be
-measured only on the whole model.
+measured only on the whole model. `--options` gives further options of `prune`, which change the
+presets: '{"tune_steps": 16}'.
 """
 
 import argparse
@@ -91,13 +92,13 @@ def main() -> None:
     parser.add_argument("--calib", default="builtin")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--calib-forward", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON")
     arguments = parser.parse_args()
     _progress.quiet_libraries()
 
     checkpoint = Dense(arguments.model or str(gguf_path())).checkpoint()
-    names = ("calib", "nsamples", "seqlen", "calib_forward")
-    given = {name: getattr(arguments, name) for name in names}
+    names = ("calib", "nsamples", "seqlen")
+    given = {**{name: getattr(arguments, name) for name in names}, **arguments.options}
     spawn = multiprocessing.get_context("spawn")
     records: list[Json] = []
     with tempfile.TemporaryDirectory() as kept:
@@ -120,10 +121,7 @@ def measure(run: Run, threads: int) -> Json:
     torch.set_num_threads(threads)
     _progress.quiet_libraries()
     checkpoint = Checkpoint.open(run.folder)
-    given = {**run.given}
-    if isinstance(run.pattern, pattern.Structured):
-        del given["calib_forward"]
-    request = PruneRequest.of(run.pattern, preset=run.preset, **given)
+    request = PruneRequest.of(run.pattern, preset=run.preset, **run.given)
     data = request.data
     taken = calibration(checkpoint, data, request.how.tuning.further(data.nsamples))
     with tempfile.TemporaryDirectory() as folder:
