@@ -59,7 +59,7 @@ def test_a_row_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
     text.write_text("The quick brown fox jumps over the lazy dog near the old mill. " * 20)
     arguments = argparse.Namespace(
         model=str(tiny_llama),
-        settings=[{"pattern": "2:4", "preset": "fast", "nsamples": 2, "seqlen": 32}],
+        settings=[{"pattern": "2:4", "preset": "fast", "nsamples": 2, "seqlen": 32, "recover": 1}],
         seeds=[],
         nsamples=2,
         seqlen=32,
@@ -73,7 +73,7 @@ def test_a_row_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
     )
     (first,) = quality.measured(arguments).rows
     assert (first.way, first.pattern, first.seed) == (
-        "thanos, fast, nsamples 2, seqlen 32",
+        "thanos, fast, nsamples 2, seqlen 32, recover 1",
         "2:4",
         None,
     )
@@ -84,6 +84,7 @@ def test_a_row_is_measured_once(tiny_llama: Path, tmp_path: Path) -> None:
     assert found.choices is not None
     (kept,) = arguments.models.iterdir()
     assert Checkpoint.open(kept).weights.tensors
+    assert {path.name for path in arguments.results.iterdir() if path.is_dir()} == set()
     arguments.seeds = [3]
     again, drawn = quality.measured(arguments).rows
     assert again == first

@@ -14,10 +14,10 @@ seed, so that others can use the same ones. With --seeds, calibration segments a
 of the seeds, which shows the influence of chance.
 
 Writes RESULTS/quality-MODEL.json after every row and prints it as tables. Rows in that file are not
-measured again: repeating the command continues, within a row after the last block that was pruned,
-and further settings add rows. To measure other code, start another file. --models DIR keeps each
-pruned model there, in a folder that is named by a hash of its options. With --table nothing is
-measured: the published results are written into docs/choose.md.
+measured again: repeating the command continues, within a row after the last block that was pruned
+or a recent step of training, and further settings add rows. To measure other code, start another
+file. --models DIR keeps each pruned model there, in a folder that is named by a hash of its
+options. With --table nothing is measured: the published results go into docs/choose.md.
 """
 
 import argparse

@@ -39,7 +39,7 @@ from thanos_deploy.stages.checkpoints import (
 )
 from thanos_deploy.stages.dense import Dense
 from thanos_deploy.stages.request import PruneRequest
-from thanos_deploy.stages.training import recover_checkpoint
+from thanos_deploy.stages.training import Journals, recover_checkpoint
 
 # Options with a place of their own in the table, or that the table does not show.
 _NAMED = ("pattern", "method", "preset", "keep_shape")
@@ -124,21 +124,29 @@ class Subject:
         asked = self.asked(request)
         journal = {**asked, **({} if seed is None else {"drawn": seed})}
         kept = self.arguments.results / f".journal-{files.sha256_of(journal)[:16]}"
+        trainings = kept.with_name(f"{kept.name}-trainings")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "model"
             out.mkdir()
             started, processor = time.perf_counter(), time.process_time()
             blocks, resumed = self._pruned(request, seed, out, kept, journal)
+            training = 0.0
             if request.recover:
-                recover_checkpoint(self.source, read_text(self.arguments.calib), out, request)
+                text = read_text(self.arguments.calib)
+                journals = Journals(trainings, journal)
+                training = recover_checkpoint(
+                    self.source, text, out, request, journals=journals
+                ).seconds
             seconds = time.perf_counter() - started
             used: float | None = time.process_time() - processor
-            if resumed:  # the journal has wall-clock times of earlier blocks only
-                seconds, used = sum(sum(block.seconds.values()) for block in blocks), None
+            if resumed:  # the journals have wall-clock times of earlier blocks and steps only
+                seconds = sum(sum(block.seconds.values()) for block in blocks) + training
+                used = None
             judged = self.judge(out)
             if self.arguments.models is not None:
                 shutil.copytree(out, self.arguments.models / kept.name.removeprefix(".journal-"))
         shutil.rmtree(kept)
+        shutil.rmtree(trainings, ignore_errors=True)
         return Row(
             way(setting, request),
             setting["pattern"],
