@@ -16,6 +16,9 @@ from thanos_deploy.report.model import PlotPoint
 Cost = Literal["decode", "prefill", "size"]
 COSTS: tuple[Cost, ...] = ("decode", "prefill", "size")
 
+# Decimals of a perplexity, as it is shown and compared.
+_DECIMALS = 2
+
 _MOST = {"decode": "fastest in decode", "prefill": "fastest in prefill", "size": "smallest"}
 
 
@@ -47,14 +50,16 @@ def point(row: Row, cost: Cost, baseline: Row) -> PlotPoint:
     """Return a row as a point of perplexity and cost, in milliseconds or megabytes.
 
     The interval of a time is the interval of its ratio to the baseline times the baseline's median.
+    Perplexities count as they are shown: the same weights differ between runtimes by rounding.
     """
+    perplexity = round(row.perplexity, _DECIMALS)
     if cost == "size":
         size = row.bytes / 1e6
-        return PlotPoint(row.name, row.perplexity, size, size, size)
+        return PlotPoint(row.name, perplexity, size, size, size)
     times, unit = getattr(row, cost), getattr(baseline, cost).median * 1e3
     middle, ratio = times.median * 1e3, times.ratio
     low, high = (middle, middle) if ratio is None else (ratio.low * unit, ratio.high * unit)
-    return PlotPoint(row.name, row.perplexity, middle, low, high)
+    return PlotPoint(row.name, perplexity, middle, low, high)
 
 
 def points(rows: Sequence[Row], cost: Cost) -> list[PlotPoint]:
@@ -117,4 +122,4 @@ def _listed(found: Sequence[Span], cost: Cost) -> str:
 
 def _each(found: Sequence[Span], cost: Cost) -> Iterator[str]:
     for row in (row for span in found for row in span.rows):
-        yield f"{row.name} (perplexity {row.perplexity:.2f}, {shown(row, cost)})"
+        yield f"{row.name} (perplexity {row.perplexity:.{_DECIMALS}f}, {shown(row, cost)})"

@@ -146,7 +146,8 @@ class Subject:
             if self.arguments.models is not None:
                 shutil.copytree(out, self.arguments.models / kept.name.removeprefix(".journal-"))
         shutil.rmtree(kept)
-        shutil.rmtree(trainings, ignore_errors=True)
+        if request.recover:
+            shutil.rmtree(trainings)
         return Row(
             way(setting, request),
             setting["pattern"],

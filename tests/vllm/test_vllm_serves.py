@@ -75,7 +75,7 @@ def test_vllm_answers_with_a_shrunk_model_as_transformers_does(
 def test_vllm_serves_a_model_without_some_of_its_blocks(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
-    """The first block with a sliding window is dropped, so later ones get other numbers."""
+    """Blocks with a sliding window and without one are left."""
     model = make_model(
         "gemma3_text",
         **SIZES,
