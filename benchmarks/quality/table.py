@@ -52,7 +52,9 @@ def section(results: Results) -> str:
 
 
 def _perplexities(results: Results, *, published: bool) -> Iterator[str]:
-    patterns = list(dict.fromkeys((*PATTERNS, *(row.pattern for row in results.rows))))
+    measured = dict.fromkeys(row.pattern for row in results.rows)
+    usual = [pattern for pattern in PATTERNS if published or pattern in measured]
+    patterns = list(dict.fromkeys((*usual, *measured)))
     yield _line(["method, preset", *patterns, "seconds"])
     yield _line(["---", *["---:"] * len(patterns), "---:"])
     for name in dict.fromkeys(row.way for row in results.rows):
