@@ -46,7 +46,7 @@ from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
 from thanos_deploy.model.linear import matrix
 from thanos_deploy.pattern import Pattern, SemiStructured
 from thanos_deploy.pruning.layers import gather, linear_shapes, short_names
-from thanos_deploy.pruning.quantise import DAMPING
+from thanos_deploy.pruning.quantise import DAMPING, WALK
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.pruning.sensitivity import SHARE
 from thanos_deploy.pruning.solution import aim, solve
@@ -162,26 +162,40 @@ def estimate(
         survey = _walk(checkpoint, few, every, Walk(), forward=torch.float32, device=device)
         seconds = {"survey": blocks * share * sum(survey.seconds.values()), **seconds}
     if grid is not None:
-        # Quantising is a second walk, and tunes every block as pruning does.
-        walked = share * trial.seconds["collect"] + steps + passing
+        # Quantising is a second walk, always beside the model before it. It tunes every block as
+        # pruning does.
+        both = share * 2 / ways
+        walked = both * trial.seconds["collect"] + steps + passing
         seconds["quantize"] = (
             blocks * walked
             + _fitted(checkpoint, trial, partial(_quantise, grid), checkpoint.linears, multiple=1)
-            + (blocks - 1) * (share * trial.seconds.get("forward", 0.0) + passing)
+            + (blocks - 1) * (both * trial.seconds.get("forward", 0.0) + passing)
         )
     spent = time.perf_counter() - started
-    return Estimate(
-        seconds=seconds,
-        memory=memory.of_recipe(
+    held = memory.of_recipe(
+        checkpoint,
+        segments,
+        linears,
+        recipe,
+        further=further,
+        dtype=dtype,
+        device=device,
+        place=place,
+    )
+    if grid is not None:
+        quantising = memory.of_quantising(
             checkpoint,
             segments,
-            linears,
-            recipe,
+            recipe.walk,
             further=further,
-            dtype=dtype,
+            forward=forward,
             device=device,
             place=place,
-        ).beside(resident),
+        )
+        held = memory.largest(held, quantising)
+    return Estimate(
+        seconds=seconds,
+        memory=held.beside(resident),
         token_seconds=sum(
             spent for name, spent in trial.seconds.items() if name not in ("tune", _PASS)
         )
@@ -346,7 +360,10 @@ def _solving(
 
 def _quantise(grid: Grid, weight: Tensor, statistics: Statistics) -> None:
     cols = weight.shape[1]
-    quantise(LayerProblem(weight, statistics.hessian[:cols, :cols], "trial"), grid, DAMPING)
+    hessian = statistics.hessian[:cols, :cols]
+    cross = hessian if statistics.cross is None else statistics.cross[:cols, :cols]
+    problem = LayerProblem(weight, hessian, "trial")
+    quantise(problem, grid, DAMPING, cross=cross, fraction=WALK.dense_target)
 
 
 def _fitted(

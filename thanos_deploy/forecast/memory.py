@@ -7,7 +7,7 @@ block, what is computed for that block, and a batch. The peak is that of the par
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,8 @@ from thanos_deploy.machine import background
 from thanos_deploy.machine.precision import multiplies_bfloat16
 from thanos_deploy.methods import NO_TUNING, Tuning, Walk
 from thanos_deploy.model.checkpoint import DTYPES, Checkpoint
-from thanos_deploy.pruning.layers import linear_shapes
+from thanos_deploy.pruning.layers import linear_shapes, short_names
+from thanos_deploy.pruning.quantise import WALK
 from thanos_deploy.pruning.recipe import Recipe
 from thanos_deploy.ranks.shards import TOKENS_PER_BATCH, Layout
 from thanos_deploy.shrink import depth
@@ -54,6 +55,11 @@ _GRADIENTS = 8
 # moments, and one for smaller data (a mask, or a code and a zero point). Where the block runs in
 # float32, also the value before tuning.
 _TUNING, _TUNING_FLOAT32 = 5, 6
+
+# Float32 matrices [cols, cols] alive while a layer is quantised: the Hessian and the cross-Gram
+# matrix in the order of the columns, and their difference. Float32 numbers for each weight: its
+# codes, scales and zero points in both orders, and what a move of the descent changes.
+_ORDERED, _CODES = 3, 8
 
 # Float64 matrices [cols, cols] alive while inputs are eliminated from a layer: the Hessian,
 # that of the dense model's input, the factor, the inverse, the inverse of a trial, a product.
@@ -116,6 +122,11 @@ def total(terms: Iterable[Term]) -> int:
     return sum(term.bytes for term in terms)
 
 
+def largest(*each: Memory) -> Memory:
+    """The peak of several pieces of work, one after another: that of the largest piece."""
+    return max(each, key=lambda one: (one.device_bytes, one.host_bytes))
+
+
 def of_pruning(
     checkpoint: Checkpoint,
     segments: Tensor,
@@ -128,6 +139,7 @@ def of_pruning(
     device: torch.device,
     place: Place,
     tries: bool = False,
+    solving: Sequence[Term] = (),
 ) -> Memory:
     """Peak memory of a walk that prunes weights to zero in place.
 
@@ -142,6 +154,7 @@ def of_pruning(
         device: device that computes.
         place: where the calibration data is kept between two blocks.
         tries: layers are pruned for a trial and then restored; see `pruning.sensitivity`.
+        solving: what a solver holds in addition to those of pruning.
     """
     ways = 1 + walk.with_dense  # the data passes the pruned model, and perhaps the dense one too
     shapes = linear_shapes(checkpoint)
@@ -187,8 +200,8 @@ def of_pruning(
     batch = max(TOKENS_PER_BATCH, segments.shape[1])
     # Inputs of layers are kept for both models until both have passed; outputs only for a moment.
     passing = batch * (ways * sum(widths) + sum(shapes[name][0] for name in block.full_names))
-    largest = max(math.prod(shapes[name]) for name in pruned)
-    beside = _BESIDE * largest + _GRADIENTS * _together(largest, device)
+    layer = max(math.prod(shapes[name]) for name in pruned)
+    beside = _BESIDE * layer + _GRADIENTS * _together(layer, device)
     parts = [
         [
             statistics,
@@ -199,6 +212,7 @@ def of_pruning(
             statistics,
             Term("the factored Hessian", int(_SOLVING * max(widths) ** 2 * _DOUBLE)),
             Term("weights of the layer that is solved", _FLOAT * beside),
+            *solving,
         ],
     ]
     if walk.tune_steps:
@@ -235,11 +249,42 @@ def of_recipe(
         device=device,
         place=place,
     )
-    held = of_walk(recipe.walk, further=further)
-    if not recipe.tries_layers:
-        return held
-    return max(
-        held, of_walk(Walk(), tries=True), key=lambda one: (one.device_bytes, one.host_bytes)
+    tries = [of_walk(Walk(), tries=True)] if recipe.tries_layers else []
+    return largest(of_walk(recipe.walk, further=further), *tries)
+
+
+def of_quantising(
+    checkpoint: Checkpoint,
+    segments: Tensor,
+    tuning: Tuning,
+    *,
+    further: int = 0,
+    forward: torch.dtype,
+    device: torch.device,
+    place: Place,
+) -> Memory:
+    """Peak memory of quantising all linear layers of the blocks; see `quantise.quantise_model`.
+
+    Args:
+        tuning: tuning steps of each block after its layers are quantised.
+        checkpoint, segments, further, forward, device, place: see `of_pruning`.
+    """
+    shapes = linear_shapes(checkpoint).values()
+    widest, layer = max(cols for _, cols in shapes), max(map(math.prod, shapes))
+    return of_pruning(
+        checkpoint,
+        segments,
+        short_names(checkpoint, checkpoint.linears),
+        replace(WALK, tune_steps=tuning.tune_steps),
+        further=further,
+        forward=forward,
+        dtype=None,
+        device=device,
+        place=place,
+        solving=(
+            Term("statistics in another order of the inputs", _ORDERED * _FLOAT * widest**2),
+            Term("codes and scales of the layer", _CODES * _FLOAT * layer),
+        ),
     )
 
 
@@ -285,13 +330,13 @@ def of_cutting(
     made = sum(shapes[name][0] for name in block.full_names)
     passing = batch * (aims * read + made)
     statistics = Term("statistics of inputs", aims * most)
-    largest = max(math.prod(shapes[name]) for name in block.full_names)
+    layer = max(math.prod(shapes[name]) for name in block.full_names)
     parts = [
         [statistics, Term("activations of one batch", _FLOAT * passing)],
         [
             statistics,
             Term("matrices for removing inputs", _ELIMINATING * _DOUBLE * widest**2),
-            Term("weights of the layer that is fitted", _BESIDE * _DOUBLE * largest),
+            Term("weights of the layer that is fitted", _BESIDE * _DOUBLE * layer),
         ],
     ]
     if tuning.tune_steps:

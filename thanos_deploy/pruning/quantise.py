@@ -1,9 +1,10 @@
 """Quantise a model block by block: the last step, once every weight has its final value.
 
 This is a separate walk after pruning, cutting, tuning and training, each of which would move
-weights off the grid. Each layer's inputs are those that the quantised layers before it produce. If
-tuning is requested, all layers of a block then take optimisation steps together, which end on the
-grid (`straight_through`).
+weights off the grid. Each layer's inputs are those that the quantised layers before it produce, and
+its target output is nearer to what it computes in the model before quantisation. If tuning is
+requested, all layers of a block then take optimisation steps together, which end on the grid
+(`straight_through`).
 
 A single walk for pruning and quantisation would save forward passes where nothing follows the
 pruning of a layer. But the preset "best" tunes whole blocks, `--recover` trains the whole model,
@@ -47,9 +48,12 @@ from thanos_deploy.solver.grid import Grid
 from thanos_deploy.solver.layer import Factor, LayerProblem
 from thanos_deploy.solver.quantise import quantise
 
-# The median, because a few huge inputs do not move it. Chosen on held-out C4; see
+# The median, because a few huge inputs do not move it. Chosen on held-out C4, as the target is; see
 # benchmarks/LOG.md.
 DAMPING = Damping(damping=0.15, damping_mode="median")
+
+# How every model is walked through for quantisation. The target is the model before it.
+WALK = Walk(true_sequential=True, dense_target=0.8)
 
 # Fewest rows of a layer in one job: columns are quantised one by one, and the fixed cost of each
 # equals that of a few hundred rows.
@@ -62,8 +66,9 @@ class LayerReport:
 
     Attributes:
         name: full name in the model.
-        relative_error: fraction of the output energy that is lost, before the whole block is tuned;
-            None if the statistics could not be used.
+        relative_error: fraction of the energy of the target output, on the calibration data, that
+            the quantised weight misses, before the whole block is tuned; None if the statistics
+            could not be used.
         rounding_error: the same if every weight had been rounded to the nearest grid value.
         failure: why the statistics could not be used, so that the layer was rounded; empty if they
             could.
@@ -158,7 +163,7 @@ def quantise_model(
             copy=copy,
             further=further,
             tuned_in=torch.bfloat16 if tuned and multiplies_bfloat16(device) else None,
-            with_dense=tuned,
+            with_dense=True,
             forward=forward,
             journal=journal,
             device=device,
@@ -202,17 +207,17 @@ def _layers(
 ) -> Iterator[tuple[str, LayerReport, Quantised]]:
     """Quantise the layers of a block in place, turn by turn; yield each layer and its report."""
     names = {visit.prefix + linear for linear in visit.structure.linears}
-    for groups, collected in gather(visit, names, Walk(true_sequential=True)):
+    for groups, collected in gather(visit, names, WALK):
         jobs = Jobs(visit, groups, lambda _, rows: schedule.even(rows, max(1, rows // _ROWS)))
         solved: dict[int, Quantised] = {}
         said: dict[int, _Solved] = {}
         for number, group in enumerate(groups):
-            hessian = collected.pop(group[0]).hessian
+            seen = collected.pop(group[0])
             factors: dict[tuple[float, str], Factor] = {}
             for place, rows in jobs.own(number).items():
                 weight = matrix(visit.block.get_submodule(rows.linear))[rows.slice].float()
-                problem = LayerProblem(weight, hessian, visit.prefix + rows.linear, factors)
-                solved[place], said[place] = _solve(problem, grid, damping)
+                problem = LayerProblem(weight, seen.hessian, visit.prefix + rows.linear, factors)
+                solved[place], said[place] = _solve(problem, seen.cross, grid, damping)
         every = jobs.gather(said, _Solved)
         for group in groups:
             for linear in group:
@@ -234,8 +239,8 @@ class _Solved:
 
     Attributes:
         energy: output energy of the rows of the job.
-        lost, lost_by_rounding: output energy lost by the codes, and lost if every weight had been
-            rounded; None if the statistics could not be used.
+        lost, lost_by_rounding: energy that the codes miss of the target output, and the same if
+            every weight had been rounded; None if the statistics could not be used.
         failure: why the statistics could not be used; empty if they could.
     """
 
@@ -245,10 +250,12 @@ class _Solved:
     failure: str
 
 
-def _solve(problem: LayerProblem, grid: Grid, damping: Damping) -> tuple[Quantised, _Solved]:
+def _solve(
+    problem: LayerProblem, cross: Tensor | None, grid: Grid, damping: Damping
+) -> tuple[Quantised, _Solved]:
     """Quantise a job with compensation if the statistics allow it, otherwise by rounding."""
     try:
-        solved = quantise(problem, grid, damping)
+        solved = quantise(problem, grid, damping, cross=cross, fraction=WALK.dense_target)
     except HessianError as error:
         if not bool(problem.weight.isfinite().all()):
             raise

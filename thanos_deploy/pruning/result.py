@@ -154,8 +154,9 @@ class Quantisation:
 
     Attributes:
         grid: the grid; see `solver.grid`.
-        median_relative_error: median over the layers of the fraction of the output energy that is
-            lost; None if no layer had usable statistics.
+        median_relative_error: median over the layers of the fraction of the energy of the target
+            output, on the calibration data, that the quantised weight misses; None if no layer had
+            usable statistics.
         median_rounding_error: the same if every weight had been rounded.
         rounded: maps the layers that were rounded, because their statistics could not be used, to
             the reason.

@@ -18,11 +18,14 @@ from thanos_deploy.solver.codes import Quantised, holdable, nearest
 from thanos_deploy.solver.grid import Grid
 
 
-def descend(weight: Tensor, hessian: Tensor, start: Quantised, *, passes: int) -> Quantised:
+def descend(
+    weight: Tensor, kept: Tensor, hessian: Tensor, start: Quantised, *, passes: int
+) -> Quantised:
     """Lower the loss of a quantised layer by coordinate descent.
 
     Args:
-        weight: [rows, cols], finite; its zeros stay zero.
+        weight: [rows, cols], finite.
+        kept: bool[rows, cols], False where the quantised weight is zero.
         hessian: [cols, cols], with a positive diagonal.
         start: the quantised weight to improve.
         passes: number of passes over all codes, scales and zero points.
@@ -31,7 +34,6 @@ def descend(weight: Tensor, hessian: Tensor, start: Quantised, *, passes: int) -
         a quantised weight whose loss is not larger, up to the rounding errors of the sums.
     """
     grid, group = start.grid, start.grid.width(weight.shape[1])
-    kept = weight != 0
     codes, scales, zeros = start.codes.to(weight.dtype), start.scale.clone(), start.zero.clone()
     for _ in range(passes):
         error = Quantised(grid, codes, scales, zeros).weight - weight

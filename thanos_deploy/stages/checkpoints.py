@@ -264,9 +264,9 @@ def disk_bytes(source: Checkpoint, ids: Tensor, further: Tensor, request: PruneR
     activations = activation_bytes(source, tokens, forward, with_dense=how.walks_dense)
     if how.surveys:
         activations += activation_bytes(source, ids.numel(), torch.float32, with_dense=False)
-    models, tuned = 2, how.tuning.tune_steps > 0
+    models = 2
     if request.grid is not None:  # the quantised model and its journal, beside the pruned model
-        activations += activation_bytes(source, tokens, forward, with_dense=tuned)
+        activations += activation_bytes(source, tokens, forward, with_dense=True)
         models += 2
     if request.recover:  # the trained model, beside the model that it is trained from
         models += 1
@@ -277,6 +277,25 @@ def memory_of(
     source: Checkpoint, ids: Tensor, further: int, request: PruneRequest, device: torch.device
 ) -> Memory:
     """Return the peak memory of the stage; see `forecast.memory`."""
+    forward = DTYPES[request.forward]
+    held = _memory_of_pruning(source, ids, further, request, device)
+    if request.grid is None:
+        return held
+    quantising = memory.of_quantising(
+        source,
+        ids,
+        request.how.tuning,
+        further=further,
+        forward=forward,
+        device=device,
+        place=request.activations,
+    )
+    return memory.largest(held, quantising)
+
+
+def _memory_of_pruning(
+    source: Checkpoint, ids: Tensor, further: int, request: PruneRequest, device: torch.device
+) -> Memory:
     match request.how:
         case Cut(fit=fit, tuning=tuning, sizing=widths):
             held = memory.of_cutting(
@@ -288,8 +307,8 @@ def memory_of(
                 device=device,
                 place=request.activations,
             )
-            before = [memory.of_trials(source, device)] if widths.drops_blocks else []
-            return max((held, *before), key=lambda one: (one.device_bytes, one.host_bytes))
+            trials = [memory.of_trials(source, device)] if widths.drops_blocks else []
+            return memory.largest(held, *trials)
         case Recipe() as recipe:
             return memory.of_recipe(
                 source,

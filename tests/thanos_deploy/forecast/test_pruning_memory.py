@@ -101,37 +101,53 @@ from pathlib import Path
 from thanos_deploy.forecast import memory, memory_check
 from thanos_deploy.gpu_check import models, walks
 from thanos_deploy.machine import environment
+from thanos_deploy.methods import NO_TUNING
 from thanos_deploy.model.checkpoint import Checkpoint
 from thanos_deploy.pattern import parse
 from thanos_deploy.pruning.layers import prune, short_names
+from thanos_deploy.pruning.quantise import quantise_model
 from thanos_deploy.pruning.recipe import Recipe
+from thanos_deploy.solver.grid import Grid
 folder, hidden, channels = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 checkpoint = Checkpoint.open(folder / "dense")
 segments = walks.random_segments(8, 256, 300)
-recipe = Recipe.of(parse("2:4"), preset=sys.argv[4], calib_forward="fp32")
-names = short_names(checkpoint, checkpoint.linears)
-found = memory.of_pruning(checkpoint, segments, names, recipe.walk, forward=torch.float32,
-                          dtype=None, device=torch.device("cpu"), place="auto")
+where = {"forward": torch.float32, "device": torch.device("cpu"), "place": "auto"}
+if sys.argv[4] == "quantise":
+    found = memory.of_quantising(checkpoint, segments, NO_TUNING, **where)
+    def work(source, out):
+        codes = out / "codes"
+        codes.mkdir()
+        quantise_model(source, segments, out, codes, Grid(4))
+else:
+    recipe = Recipe.of(parse("2:4"), preset=sys.argv[4], calib_forward="fp32")
+    names = short_names(checkpoint, checkpoint.linears)
+    found = memory.of_pruning(checkpoint, segments, names, recipe.walk, dtype=None, **where)
+    def work(source, out):
+        prune(source, segments, out, recipe)
 for name in ("small", "dense"):  # the first one loads the code
     before = environment.resident_memory_bytes()
     out = folder / f"{name} pruned"
     out.mkdir()
-    prune(Checkpoint.open(folder / name), segments, out, recipe)
+    work(Checkpoint.open(folder / name), out)
 print(environment.peak_memory_bytes() - before, found.host_bytes)
 """
 
 
 @pytest.mark.slow
-def test_on_a_cpu_what_is_counted_becomes_resident(tmp_path: Path) -> None:
-    hidden, channels, preset = 512, 2048, "fast"
+@pytest.mark.parametrize(
+    ("work", "hidden", "channels"), [("fast", 512, 2048), ("quantise", 256, 4096)]
+)
+def test_on_a_cpu_what_is_counted_becomes_resident(
+    tmp_path: Path, work: str, hidden: int, channels: int
+) -> None:
     sizes = models.Sizes(
         hidden=hidden, channels=channels, heads=8, kv_heads=4, head_size=hidden // 8, blocks=2,
         vocabulary=300, dtype="fp32",
     )  # fmt: skip
     walks.make(tmp_path / "dense", sizes, "cpu")
     walks.make(tmp_path / "small", replace(sizes, hidden=64, channels=96, head_size=8), "cpu")
-    words = [sys.executable, "-c", _PEAK, str(tmp_path), str(hidden), str(channels), preset]
+    words = [sys.executable, "-c", _PEAK, str(tmp_path), str(hidden), str(channels), work]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     held, counted_bytes = map(int, done.stdout.split())
     # Holes of the heap, and what the libraries keep.
