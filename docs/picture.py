@@ -1,4 +1,8 @@
-"""The picture of the README: every model of the comparison by perplexity and cost."""
+"""The picture of the README: every model of the comparison by perplexity and cost.
+
+Only the models of the front have a name beside their mark, because thirty names would hide the
+marks; every mark has its name as a tooltip, and docs/choose.md has the table.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
@@ -27,7 +31,9 @@ _TITLES: dict[Cost, str] = {
     "prefill": "prefill of the prompt, ms",
     "size": "files, MB",
 }
+# Values that both logarithmic axes may show, as far as there is room.
 _PERPLEXITIES = (*range(5, 20), *range(20, 40, 2), *range(40, 100, 10), *range(100, 1001, 100))
+_COSTS = tuple(base * 10**power for power in range(6) for base in (1, 2, 3, 5, 7))
 
 
 def draw() -> str:
@@ -64,25 +70,25 @@ def _corners() -> list[tuple[int, int]]:
 def _panel(left: int, top: int, title: str, rows: Sequence[Row], cost: Cost) -> Iterator[str]:
     found = points(rows, cost)
     least, most = min(one.low for one in found), max(one.high for one in found)
-    room = 0.06 * (most - least) or 1.0
-    low, high = least - room, most + room
+    low, high = log(least / 1.1), log(most * 1.1)
     worst, best = max(row.perplexity for row in rows), min(row.perplexity for row in rows)
     above, below = log(worst * 1.06), log(best / 1.06)
 
     def across(value: float) -> float:
-        return round(left + (value - low) / (high - low) * _PANEL, 1)
+        return round(left + (log(value) - low) / (high - low) * _PANEL, 1)
 
     def down(perplexity: float) -> float:
         return round(top + (above - log(perplexity)) / (above - below) * _DEEP, 1)
 
     yield f'<text x="{left}" y="{top - 12}" fill="{_INK}" font-weight="bold">{title}</text>'
-    for value in _apart([one for one in _PERPLEXITIES if below < log(one) < above], down):
+    shown = [one for one in _PERPLEXITIES if below < log(one) < above]
+    for value in _apart(shown, down, 1.6 * _FONT):
         yield (
             f'<path d="M{left} {down(value)}h{_PANEL}" stroke="{_RULE}"/>'
             f'<text x="{left - 6}" y="{down(value) + 4}" text-anchor="end" fill="{_MUTED}">'
             f"{value}</text>"
         )
-    for value in _ticks(low, high):
+    for value in _apart([one for one in _COSTS if low < log(one) < high], across, 4 * _FONT):
         yield (
             f'<text x="{across(value)}" y="{top + _DEEP + 14}" text-anchor="middle" '
             f'fill="{_MUTED}">{value}</text>'
@@ -92,39 +98,48 @@ def _panel(left: int, top: int, title: str, rows: Sequence[Row], cost: Cost) -> 
         f'text-anchor="middle" fill="{_MUTED}">perplexity</text>'
     )
     unbeaten = {row.name for row in front(rows, cost)}
-    marks = [(across(one.cost), down(one.perplexity)) for one in found]
-    # The lines of the cost intervals, which labels must not cross.
+    marks = {
+        row.name: (across(one.cost), down(one.perplexity))
+        for row, one in zip(rows, found, strict=True)
+    }
+    for row, one in zip(rows, found, strict=True):
+        (x, y), filled = marks[row.name], row.name in unbeaten
+        if one.low < one.high:
+            yield (
+                f'<path d="M{across(one.low)} {y}H{across(one.high)}" '
+                f'stroke="{_COLOURS[row.runtime]}" stroke-opacity="0.5"/>'
+            )
+        yield _mark(row, x, y, filled=filled)
+    best_rows = [row for row in rows if row.name in unbeaten]
+    # Names must not cross the lines of the intervals, nor hide marks without a name.
     lines = [
-        Box(across(one.low), y - 1, across(one.high), y + 1)
-        for one, (_, y) in zip(found, marks, strict=True)
+        Box(across(one.low) - _RADIUS, y - _RADIUS, across(one.high) + _RADIUS, y + _RADIUS)
+        for one, (_, y) in zip(found, marks.values(), strict=True)
     ]
     boxes = place(
-        marks,
-        [(len(row.weights) * _LETTER, _LINE) for row in rows],
+        [marks[row.name] for row in best_rows],
+        [(len(row.weights) * _LETTER, _LINE) for row in best_rows],
         Box(left, top, left + _PANEL, top + _DEEP),
         radius=_RADIUS,
         free=lines,
     )
-    for row, one, (x, y), box in zip(rows, found, marks, boxes, strict=True):
-        colour = _COLOURS[row.runtime]
-        if one.low < one.high:
-            yield (
-                f'<path d="M{across(one.low)} {y}H{across(one.high)}" stroke="{colour}" '
-                'stroke-opacity="0.5"/>'
-            )
-        yield _mark(row, x, y, filled=row.name in unbeaten)
-        yield from _name(row, x, y, box)
+    for row, box in zip(best_rows, boxes, strict=True):
+        yield from _name(row, *marks[row.name], box)
 
 
 def _mark(row: Row, x: float, y: float, *, filled: bool) -> str:
-    """Return a circle for dense, a square for cut out, a triangle for zeros."""
+    """Return a circle for dense, a square for cut out, a triangle for zeros; with its name."""
     colour = _COLOURS[row.runtime]
-    style = f'fill="{colour if filled else "#fdfdfb"}" stroke="{colour}" stroke-width="1.5"'
     if not row.pruned:
-        return f'<circle class="mark" cx="{x}" cy="{y}" r="4" {style}/>'
-    if isinstance(parse(row.model), Structured):
-        return f'<path class="mark" d="M{x - 4} {y - 4}h8v8h-8z" {style}/>'
-    return f'<path class="mark" d="M{x} {y - 5}l5 9h-10z" {style}/>'
+        shape = f'circle cx="{x}" cy="{y}" r="4"'
+    elif isinstance(parse(row.model), Structured):
+        shape = f'path d="M{x - 4} {y - 4}h8v8h-8z"'
+    else:
+        shape = f'path d="M{x} {y - 5}l5 9h-10z"'
+    return (
+        f'<{shape} class="mark" fill="{colour if filled else "#fdfdfb"}" stroke="{colour}" '
+        f'stroke-width="1.5"><title>{escape(row.name)}</title></{shape.split()[0]}>'
+    )
 
 
 def _name(row: Row, x: float, y: float, box: Box) -> Iterator[str]:
@@ -153,8 +168,9 @@ def _key(left: int, top: int, comparison: Comparison) -> Iterator[str]:
         "",
         "Lower left is better.",
         "Circles: dense. Squares: heads and channels are cut out. Triangles: zeros.",
-        "Filled: no model is better without being shown to cost more.",
+        "Filled and named: no model is better without being shown to cost more.",
         "Lines: 95 % intervals of the ratio to dense fp32.",
+        "The names and figures of all marks are in docs/choose.md.",
         "",
         f"{found.model}, {found.threads} threads of {machine.processor}.",
         f"A prompt of {found.prompt} tokens. {found.date}, {comparison.status}.",
@@ -164,17 +180,10 @@ def _key(left: int, top: int, comparison: Comparison) -> Iterator[str]:
         y += 16
 
 
-def _apart(values: Sequence[int], down: Callable[[float], float]) -> list[int]:
-    """Return the values whose labels do not overlap."""
+def _apart(values: Sequence[int], at: Callable[[float], float], gap: float) -> list[int]:
+    """Return the values whose labels are at least `gap` apart."""
     kept: list[int] = []
     for value in values:
-        if not kept or down(kept[-1]) - down(value) >= 1.6 * _FONT:
+        if not kept or abs(at(kept[-1]) - at(value)) >= gap:
             kept.append(value)
     return kept
-
-
-def _ticks(low: float, high: float) -> range:
-    """Return round tick values between two limits: at most ten, usually four or more."""
-    steps = (base * 10**power for power in range(6) for base in (1, 2, 5))
-    step = next(step for step in steps if (high - low) / step <= 10)
-    return range(int(low // step + 1) * step, int(high) + 1, step)

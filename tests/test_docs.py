@@ -230,17 +230,20 @@ def test_what_is_generated_is_current(name: str) -> None:
     assert committed == generate.GENERATED[name](), "run `python -m docs.generate`"
 
 
-def test_the_picture_has_a_mark_and_a_name_for_every_figure() -> None:
+def test_the_picture_has_a_mark_for_every_figure_and_names_the_front() -> None:
+    from benchmarks.comparison.front import COSTS, front
     from benchmarks.comparison.record import read
     from docs import picture
 
     rows, drawn = read().rows, picture.draw()
-    assert drawn.count('class="mark"') == drawn.count('class="name"') == 3 * len(rows)
     assert len(drawn) < 100_000
     for row in rows:
-        assert drawn.count(f">{row.weights}<") == 3 * [one.weights for one in rows].count(
-            row.weights
-        )
+        assert drawn.count(f"<title>{row.name}</title>") == 3
+    named = [row.weights for cost in COSTS for row in front(rows, cost)]
+    assert drawn.count('class="mark"') == 3 * len(rows)
+    assert drawn.count('class="name"') == len(named)
+    for name in named:
+        assert drawn.count(f">{name}</text>") == named.count(name)
 
 
 class Example:
