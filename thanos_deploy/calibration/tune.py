@@ -133,7 +133,7 @@ class Kept:
         self._shape = weight.shape
         # A copy, because the layer itself must not change until the steps are done.
         self._run = run_of(current(), weight).clone()
-        self._kept = self._run != 0
+        self._kept = (self._run != 0).to(self._run.dtype)  # PyTorch multiplies by bool slowly
         self.learned = (Learned(self._run, _RATE * _root_mean_square(weight)),)
 
     def receive(self, gradient: Tensor) -> None:
