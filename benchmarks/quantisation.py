@@ -1,6 +1,7 @@
 """Measure perplexity of quantised models: rounded, error-compensated, tuned, and trained.
 
 Usage: python -m benchmarks.quantisation --calib CALIB.txt --eval-text TEXT.txt -o RESULTS
+       python -m benchmarks.quantisation --table
 
 Takes SmolLM2-135M-Instruct dense, and pruned to `structured:0.2` and to 2:4 (preset fast), and
 quantises the linear layers of its blocks to every grid of the table, in five ways: "rounded";
@@ -11,24 +12,25 @@ used, without a seed, so that others can use the same ones.
 
 Writes RESULTS/quantisation.json after every row, and prints a table. Rows in that file are not
 measured again: repeating the command continues after the last block that was quantised. It
-continues from RESULTS/.journal-*, which may be removed when all rows are measured.
+continues from RESULTS/.journal-*, which may be removed when all rows are measured. With --table
+nothing is measured: the published results go into docs/prune.md.
 """
 
 import argparse
-import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks import texts
+from benchmarks import pages, texts
 from benchmarks.smollm2 import gguf_path
 from thanos_deploy import methods
 from thanos_deploy.bundle import files
+from thanos_deploy.bundle.codec import decode, encode, loads
 from thanos_deploy.bundle.files import Json
 from thanos_deploy.calibration.frame import frame_of
 from thanos_deploy.calibration.journal import Journal
@@ -59,6 +61,11 @@ from thanos_deploy.stages.request import PruneRequest
 PATTERNS = ("dense", "structured:0.2", "2:4")
 GRIDS = ("int8", "int4", "int4:128", "int4:asym")
 WAYS = ("rounded", "compensated", "tuned", "trained", "both")
+
+NAME = "quantisation.json"
+PUBLISHED = Path(__file__).parent / "results" / NAME
+PAGE = Path(__file__).parents[1] / "docs" / "prune.md"
+COMMAND = "python -m benchmarks.quantisation --table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,27 @@ class Row:
     training_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All rows of a file, and their conditions.
+
+    Attributes:
+        calibration, evaluation: number and length of the segments, in tokens.
+        processor: the processor that measured the last row.
+        rows: the quantised models.
+    """
+
+    calibration: tuple[int, ...]
+    evaluation: tuple[int, ...]
+    processor: str
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Read the results in a file."""
+        return decode(cls, loads(path.read_bytes()))
+
+
 class Bench:
     """The texts, and the rows measured so far."""
 
@@ -108,12 +136,8 @@ class Bench:
         )
         self.calib, self.further = taken[:count], taken[count:]
         self.judge: Tensor = texts.evaluation(arguments, tokenizer)
-        self.path: Path = arguments.out / "quantisation.json"
-        self.rows = (
-            [Row(**row) for row in json.loads(self.path.read_text())["rows"]]
-            if self.path.exists()
-            else []
-        )
+        self.path: Path = arguments.out / NAME
+        self.rows = list(Results.read(self.path).rows) if self.path.exists() else []
 
     def missing(self, pattern: str) -> list[tuple[str, str]]:
         """Return the grids and ways of a pattern that are not measured yet."""
@@ -125,13 +149,13 @@ class Bench:
     def add(self, row: Row) -> None:
         """Add a row, write all rows to the file, and print it."""
         self.rows.append(row)
-        document = {
-            "calibration": list(self.calib.shape),
-            "evaluation": list(self.judge.shape),
-            "processor": environment.describe().processor,
-            "rows": [asdict(one) for one in self.rows],
-        }
-        self.path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        results = Results(
+            tuple(self.calib.shape),
+            tuple(self.judge.shape),
+            environment.describe().processor,
+            tuple(self.rows),
+        )
+        files.write_json(self.path, encode(results))
         print(f"{row.pattern:15} {row.grid:14} {row.way:12} {row.perplexity:9.3f}", flush=True)
 
     def prune(self, pattern: str, folder: Path) -> Checkpoint:
@@ -216,14 +240,22 @@ class Bench:
 def main() -> None:
     """Measure the rows that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    texts.add_options(parser)
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, and write the published results"
+    )
+    texts.add_options(parser, required=False)
     parser.add_argument("--calib-segments", type=int, default=32)
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--grids", nargs="+", default=GRIDS)
     parser.add_argument("--train-segments", type=int, default=224)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.table:
+        pages.rewrite(PAGE, COMMAND, section(Results.read(PUBLISHED)))
+        return
+    if None in (arguments.calib, arguments.eval_text, arguments.out):
+        parser.error("give --calib, --eval-text and --out")
     arguments.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments, Dense(str(gguf_path())).checkpoint(quietly))
     for pattern in arguments.patterns:
@@ -233,28 +265,39 @@ def main() -> None:
             model = bench.prune(pattern, Path(scratch) / "model")
             for grid, way in bench.missing(pattern):
                 bench.add(bench.measure(pattern, model, grid, way))
-    print(table(bench.rows))
+    print(section(Results.read(bench.path)))
 
 
-def table(rows: list[Row]) -> str:
-    """Return a table with a row per grid and a column per pattern and way, in Markdown."""
-    known = {(row.pattern, row.grid, row.way): row.perplexity for row in rows}
-    patterns = [one for one in PATTERNS if (one, "none", "none") in known]
+def section(results: Results) -> str:
+    """Return a table in Markdown: a row per pattern and grid, a column per way, with conditions."""
+    rows = results.rows
+    found = {(row.pattern, row.grid, row.way): row.perplexity for row in rows}
+    ways = [way for way in WAYS if any(row.way == way for row in rows)]
+    count, length = results.evaluation
+    trained = {row.trained_on for row in rows if row.trained_on}
     lines = [
-        "| grid | " + " | ".join(f"{one}, {way}" for one in patterns for way in WAYS) + " |",
-        "|---|" + "---:|" * len(WAYS) * len(patterns),
+        f"Perplexity of SmolLM2-135M-Instruct on {count} segments of {length} tokens, and how much "
+        f"more it is than before quantisation; statistics of {results.calibration[0]} segments of "
+        f"{results.calibration[1]} tokens"
+        + "".join(f"; scales trained on {tokens} tokens" for tokens in sorted(trained))
+        + ".",
+        "",
+        "| pattern | grid | " + " | ".join(ways) + " |",
+        "|---|---|" + "---:|" * len(ways),
     ]
-    for grid in ("none", *GRIDS):
-        cells = []
-        for pattern in patterns:
-            plain = known[pattern, "none", "none"]
-            for way in WAYS:
-                value = plain if grid == "none" else known.get((pattern, grid, way))
-                cells.append(
-                    "-" if value is None else f"{value:.2f} ({100 * (value / plain - 1):+.2f} %)"
-                )
-        lines.append(f"| {grid} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    for pattern in dict.fromkeys(row.pattern for row in rows):
+        plain = found[pattern, "none", "none"]
+        lines.append(f"| {pattern} | none | {plain:.2f} |" + " |" * (len(ways) - 1))
+        for grid in GRIDS:
+            values = [found.get((pattern, grid, way)) for way in ways]
+            if any(values):
+                cells = [f"{one:.2f} ({_more(one / plain)})" if one else "" for one in values]
+                lines.append(f"| {pattern} | {grid} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _more(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} %"
 
 
 if __name__ == "__main__":
