@@ -277,7 +277,6 @@ def memory_of(
     source: Checkpoint, ids: Tensor, further: int, request: PruneRequest, device: torch.device
 ) -> Memory:
     """Return the peak memory of the stage; see `forecast.memory`."""
-    forward = DTYPES[request.forward]
     held = _memory_of_pruning(source, ids, further, request, device)
     if request.grid is None:
         return held
@@ -286,7 +285,7 @@ def memory_of(
         ids,
         request.how.tuning,
         further=further,
-        forward=forward,
+        forward=DTYPES[request.forward],
         device=device,
         place=request.activations,
     )
